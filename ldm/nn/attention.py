@@ -1,0 +1,238 @@
+"""Attention over the positions of a feature map, and over conditioning tokens.
+
+All softmax attention is `torch.nn.functional.scaled_dot_product_attention`: softmax(q k^T / sqrt(d)) v
+(Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1), with q, k, v as (B, heads, positions, d).
+Parameter names are those of the original repositories.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, einsum, nn
+
+from ldm.nn.checkpoint import checkpoint
+from ldm.nn.init import zero_module
+from ldm.nn.resblock import normalize
+
+
+class AttnBlock(nn.Module):
+    """The autoencoder's single-head self-attention over positions, with 1x1 convolutions and a residual.
+
+    x + proj_out(attention(q, k, v of norm(x))), after taming-transformers (https://arxiv.org/abs/2012.09841).
+    """
+
+    def __init__(self, in_channels: int, num_groups: int = 32) -> None:
+        super().__init__()
+        self.norm = normalize(in_channels, num_groups)
+        self.q = nn.Conv2d(in_channels, in_channels, 1)
+        self.k = nn.Conv2d(in_channels, in_channels, 1)
+        self.v = nn.Conv2d(in_channels, in_channels, 1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        h = self.norm(x)
+        q, k, v = (rearrange(conv(h), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C), scaled by 1 / sqrt(C)
+        h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class LinearAttention(nn.Module):
+    """Attention linear in the number of positions: softmax over the keys' positions, context = k v^T.
+
+    out = to_out(context^T q), without scale and without a softmax over q, as in the latent diffusion
+    repository (after Katharopoulos et al. 2020 and Shen et al. 2018, https://arxiv.org/abs/1812.01243).
+
+    Args:
+        dim: channels of input and output.
+        heads: number of heads.
+        dim_head: channels of a head.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Conv2d(dim, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = nn.Conv2d(heads * dim_head, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        q, k, v = rearrange(
+            self.to_qkv(x), "b (three heads d) h w -> three b heads d (h w)", three=3, heads=self.heads
+        )
+        context = einsum("bhdn,bhen->bhde", k.softmax(dim=-1), v)
+        out = einsum("bhde,bhdn->bhen", context, q)
+        return self.to_out(rearrange(out, "b heads e (h w) -> b (heads e) h w", h=x.shape[2]))
+
+
+class LinAttnBlock(LinearAttention):
+    """`LinearAttention` with one head of all channels, in the place of an `AttnBlock`.
+
+    As in the original it has neither a norm nor a residual.
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__(dim=in_channels, heads=1, dim_head=in_channels)
+
+
+#: attn_type -> builder(in_channels, num_groups); a module of feature maps (B, C, H, W) -> (B, C, H, W).
+ATTENTION_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
+    "vanilla": AttnBlock,
+    # sgm's name for the same function and parameters on another kernel.
+    "vanilla-xformers": AttnBlock,
+    "linear": lambda in_channels, num_groups: LinAttnBlock(in_channels),
+    "none": lambda in_channels, num_groups: nn.Identity(),
+}
+
+
+def make_attn(in_channels: int, attn_type: str = "vanilla", num_groups: int = 32) -> nn.Module:
+    """The attention of the autoencoder by its name in a config.
+
+    Args:
+        in_channels: channels of the feature map, kept.
+        attn_type: a key of `ATTENTION_BUILDERS`: `vanilla`, `linear`, `none`, ...
+        num_groups: of the GroupNorm, where the kind has one.
+
+    Raises:
+        ValueError: unknown `attn_type` (the message lists what exists), or `num_groups` does not divide.
+    """
+    if attn_type not in ATTENTION_BUILDERS:
+        names = ", ".join(ATTENTION_BUILDERS)
+        raise ValueError(f"attn_type={attn_type!r} does not exist; there are: {names}")
+    return ATTENTION_BUILDERS[attn_type](in_channels, num_groups)
+
+
+class QKVAttention(nn.Module):
+    """Self-attention on stacked queries, keys and values, without parameters.
+
+    Two layouts of the 3C channels exist in published weights: the legacy one splits the heads first
+    (head 0's q, k, v, then head 1's, ...), the new one q, k, v first (all heads' q, then all k, then all v).
+    The originals scale q and k by d^-1/4 each, which is the 1 / sqrt(d) of `scaled_dot_product_attention`.
+
+    Args:
+        num_heads: number of heads.
+        new_order: the new layout instead of the legacy one.
+    """
+
+    def __init__(self, num_heads: int, new_order: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.layout = "(three heads d)" if new_order else "(heads three d)"
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """(B, 3C, T) -> (B, C, T)."""
+        q, k, v = rearrange(qkv, f"b {self.layout} t -> three b heads t d", three=3, heads=self.num_heads)
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads t d -> b (heads d) t")
+
+
+class AttentionBlock(nn.Module):
+    """The pixel-space UNet's multi-head self-attention over all positions, with a residual.
+
+    Follows guided-diffusion (https://arxiv.org/abs/2105.05233): x + proj_out(attention(qkv(norm(x)))), with
+    `proj_out` zero-initialised.
+
+    Args:
+        channels: channels of input and output.
+        num_heads: number of heads, where `num_head_channels` is -1.
+        num_head_channels: channels of a head; -1 to go by `num_heads`.
+        use_checkpoint: recompute this block in the backward pass.
+        use_new_attention_order: see `QKVAttention`.
+        num_groups: of the GroupNorm.
+
+    Raises:
+        ValueError: the heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+        num_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        by_count = num_head_channels == -1
+        divisor = num_heads if by_count else num_head_channels
+        if divisor < 1 or channels % divisor:
+            name = "num_heads" if by_count else "num_head_channels"
+            raise ValueError(f"AttentionBlock: {name}={divisor} does not divide {channels} channels")
+        num_heads = num_heads if by_count else channels // num_head_channels
+        self.use_checkpoint = use_checkpoint
+        self.norm = normalize(channels, num_groups, eps=1e-5)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.attention = QKVAttention(num_heads, use_new_attention_order)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) -> (B, C, *spatial)."""
+        return checkpoint(self._forward, (x,), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, T)
+        return x + self.proj_out(self.attention(qkv)).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to a context, or to themselves where there is none.
+
+    Follows Rombach et al. 2021 (https://arxiv.org/abs/2112.10752, section 3.3).
+
+    Args:
+        query_dim: channels of the tokens, in and out.
+        context_dim: channels of the context; None means `query_dim`.
+        heads: number of heads.
+        dim_head: channels of a head; need not be `query_dim / heads`.
+        dropout: probability of a zero in the output.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner_dim = heads * dim_head
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, query_dim), context (B, M, context_dim) or None for x -> (B, N, query_dim).
+
+        Args:
+            mask: bool, True where a key may be attended to: (B, M) for all queries alike, or (B, N, M).
+                Every query needs at least one such key.
+
+        Raises:
+            ValueError: the mask is not bool, or of another shape.
+        """
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(linear(tokens), "b n (heads d) -> b heads n d", heads=self.heads)
+            for linear, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        if mask is not None:
+            mask = _broadcast_mask(mask, x.shape[0], x.shape[1], context.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, d)
+        return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
+
+
+def _broadcast_mask(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    """(B, M) or (B, N, M) -> (B, 1, 1 or N, M)."""
+    if mask.dtype is not torch.bool or tuple(mask.shape) not in ((batch, keys), (batch, queries, keys)):
+        raise ValueError(
+            f"CrossAttention: mask is {mask.dtype} of shape {tuple(mask.shape)}; "
+            f"expected torch.bool of shape {(batch, keys)} or {(batch, queries, keys)}"
+        )
+    return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
