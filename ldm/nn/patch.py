@@ -1,0 +1,227 @@
+"""Images as sequences of patches, back again, and where in the image each patch lies.
+
+Patches are in row-major order: token i * w + j is row i, column j of the (h, w) grid.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Size = int | Sequence[int]
+
+
+def as_pair(size: Size, name: str) -> tuple[int, int]:
+    """An int for a square, or (height, width) -> (height, width).
+
+    Raises:
+        ValueError: not one or two positive whole numbers; `name` says which argument it is.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+        raise ValueError(f"{name}={size!r} is not a positive int or a pair (height, width) of such")
+    return pair
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch of an image (Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929,
+    eq. 1).
+
+    `method="conv"` is a strided convolution, `proj.weight` (dim, C, p, q), as in timm's and DiT's weights;
+    `method="linear"` cuts the patches out and multiplies them, `proj.weight` (dim, C * p * q): the flattened
+    kernel, `weight.flatten(1)`. The results are equal.
+
+    Args:
+        patch_size: p, or (p, q) = (height, width).
+        in_channels: C of the image.
+        dim: channels of a token.
+        image_size: the one size that is taken, an int or (H, W); None takes every multiple of `patch_size`.
+        method: "conv" or "linear".
+        bias: whether the map has a bias.
+
+    Attributes:
+        grid_size: (H / p, W / q) of `image_size`, or None.
+
+    Raises:
+        ValueError: `image_size` is no multiple of `patch_size`, or there is no such `method`.
+    """
+
+    def __init__(
+        self,
+        patch_size: Size,
+        in_channels: int = 3,
+        dim: int = 768,
+        image_size: Size | None = None,
+        method: str = "conv",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size = p, q = as_pair(patch_size, "patch_size")
+        self.in_channels = in_channels
+        self.image_size = None if image_size is None else as_pair(image_size, "image_size")
+        self.grid_size = None if self.image_size is None else self.grid(*self.image_size)
+        self.method = method
+        if method == "conv":
+            self.proj = nn.Conv2d(in_channels, dim, kernel_size=(p, q), stride=(p, q), bias=bias)
+        elif method == "linear":
+            self.proj = nn.Linear(in_channels * p * q, dim, bias=bias)
+        else:
+            raise ValueError(f"PatchEmbed: method={method!r} does not exist; there are: 'conv', 'linear'")
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """How many patches stand (below each other, side by side) in an image of that size.
+
+        Raises:
+            ValueError: the size is no multiple of the patch size.
+        """
+        p, q = self.patch_size
+        if height % p or width % q or not (height and width):
+            raise ValueError(
+                f"PatchEmbed: an image of {height}x{width} (height x width) does not divide into patches of "
+                f"{p}x{q}; pad, crop or resize it to multiples of them"
+            )
+        return height // p, width // q
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H/p * W/q, dim).
+
+        Raises:
+            ValueError: another number of channels, another size than `image_size`, or one that does not
+                divide into patches.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"PatchEmbed: x has shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W)"
+            )
+        if self.image_size not in (None, tuple(x.shape[2:])):
+            raise ValueError(
+                "PatchEmbed: x is {}x{} (height x width), but the network is built for {}x{}".format(
+                    *x.shape[2:], *self.image_size
+                )
+            )
+        self.grid(*x.shape[2:])
+        if self.method == "conv":
+            return self.proj(x).flatten(2).transpose(1, 2)  # (B, dim, h, w) -> (B, h w, dim)
+        p, q = self.patch_size
+        return self.proj(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q))
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """(B, h * w, p * q * C) -> (B, C, h * p, w * q), the channels last within a token, as in DiT."""
+    (h, w), (p, q) = grid, patch_size
+    return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=q)
+
+
+def _coordinates(
+    grid: tuple[int, int],
+    base_grid: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Row and column of each of the h * w patches, in units of `base_grid`'s patches."""
+    base_grid = base_grid or grid
+    row, column = (
+        torch.arange(n, dtype=dtype, device=device) * (base / n)
+        for n, base in zip(grid, base_grid, strict=True)
+    )
+    return row.repeat_interleave(grid[1]), column.repeat(grid[0])
+
+
+def _check_quarter(dim: int, name: str) -> None:
+    if dim < 4 or dim % 4:
+        raise ValueError(f"positions in two dimensions need a multiple of 4 channels; {name}={dim}")
+
+
+def sincos_positions(dim: int, grid: tuple[int, int], base_grid: tuple[int, int] | None = None) -> Tensor:
+    """The fixed position embedding of MAE and DiT: sines, then cosines, of the column, then of the row.
+
+    With D = dim / 4 and w_i = 10000^(-i / D): [sin(x w), cos(x w), sin(y w), cos(y w)] for column x, row y
+    (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5, for each axis; the order is that of
+    the repositories facebookresearch/mae and facebookresearch/DiT).
+
+    Args:
+        dim: channels of a token, a multiple of 4.
+        grid: (h, w) patches.
+        base_grid: the grid of the training, over whose range `grid` is laid; None means `grid` itself.
+
+    Returns:
+        (h * w, dim) in float32.
+
+    Raises:
+        ValueError: `dim` is no multiple of 4.
+    """
+    _check_quarter(dim, "dim")
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    coordinates = _coordinates(grid, base_grid, torch.float64)
+    row, column = (position[:, None] * frequencies for position in coordinates)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def rotary_positions(
+    head_dim: int,
+    grid: tuple[int, int],
+    base_grid: tuple[int, int] | None = None,
+    theta: float = 10000.0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Rotary position embedding in two dimensions: half of the pairs turn with the row, half with the column.
+
+    Angle i of an axis is position * theta^(-i / D), D = head_dim / 4 (Su et al. 2021,
+    https://arxiv.org/abs/2104.09864, eq. 15, for each axis as in EVA-02, https://arxiv.org/abs/2303.11331).
+
+    Args:
+        head_dim: channels of a head, a multiple of 4.
+        grid: (h, w) patches.
+        base_grid: the grid of the training, over whose range `grid` is laid; None means `grid` itself.
+        theta: the longest wavelength is about 2 pi times this.
+        device: of the result.
+
+    Returns:
+        (2, h * w, head_dim / 2) in float32, cosines and sines for `ldm.nn.sequence_attention.rotate`.
+
+    Raises:
+        ValueError: `head_dim` is no multiple of 4.
+    """
+    _check_quarter(head_dim, "head_dim")
+    exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4)
+    coordinates = _coordinates(grid, base_grid, torch.float32, device)
+    angles = torch.cat([position[:, None] * theta**-exponents for position in coordinates], dim=1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def interpolate_positions(
+    positions: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], prefix_tokens: int = 0
+) -> Tensor:
+    """A learned position embedding for another number of patches: bicubic, antialiased, as in timm.
+
+    Args:
+        positions: (1, prefix_tokens + h * w, dim); the embeddings of class and distillation tokens stand
+            first and are kept.
+        grid: (h, w) of `positions`.
+        new_grid: (h', w') wanted.
+        prefix_tokens: number of tokens that belong to no patch.
+
+    Returns:
+        (1, prefix_tokens + h' * w', dim) in the dtype of `positions`, which comes back itself where the grid
+        stays the same.
+
+    Raises:
+        ValueError: `positions` has another length than `grid` and `prefix_tokens` say.
+    """
+    expected = prefix_tokens + grid[0] * grid[1]
+    if positions.ndim != 3 or positions.shape[:2] != (1, expected):
+        raise ValueError(
+            f"position embedding has shape {tuple(positions.shape)}; a grid of {grid[0]}x{grid[1]} with "
+            f"{prefix_tokens} further tokens needs (1, {expected}, dim)"
+        )
+    if tuple(grid) == tuple(new_grid):
+        return positions
+    prefix, patches = positions[:, :prefix_tokens], positions[:, prefix_tokens:]
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))  # half precision has no bicubic
+    patches = rearrange(patches, "1 (h w) d -> 1 d h w", h=grid[0])
+    patches = F.interpolate(
+        patches, size=tuple(new_grid), mode="bicubic", antialias=True, align_corners=False
+    )
+    return torch.cat([prefix, rearrange(patches, "1 d h w -> 1 (h w) d").to(positions.dtype)], dim=1)
