@@ -1,0 +1,122 @@
+"""What to say when a state dict and a module do not fit."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import torch
+
+Shape = tuple[int, ...]
+_LISTED = 20  # so many names are listed one by one; more are summed up by prefix
+_GROUPS = 12
+# What wrappers put into the middle or the front of names.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclass
+class KeyReport:
+    """Every way in which a file and a module differ; see `KeyMismatch`."""
+
+    missing: dict[str, Shape] = field(default_factory=dict)
+    extra: dict[str, Shape] = field(default_factory=dict)
+    misshaped: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    mistyped: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    contradictory: list[str] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.missing or self.extra or self.misshaped or self.mistyped or self.contradictory)
+
+
+def describe(report: KeyReport, module: str) -> str:
+    """The report as text, with a guess at the reason where one explains it."""
+    lines = [f"does not fit {module}"]
+    lines += _section("missing from the file", {k: f" {v}" for k, v in report.missing.items()})
+    lines += _section("in the file, but unknown to the module", {k: f" {v}" for k, v in report.extra.items()})
+    shapes = {
+        k: f" is {file} in the file, {here} in the module" for k, (file, here) in report.misshaped.items()
+    }
+    lines += _section("of another shape", shapes)
+    types = {
+        k: f" is {file} in the file, {here} in the module" for k, (file, here) in report.mistyped.items()
+    }
+    lines += _section("of another type", types)
+    tied = dict.fromkeys(report.contradictory, "")
+    lines += _section("one parameter in the module, but different in the file", tied)
+    hint = explanation(report.missing, report.extra)
+    return "\n".join([*lines, hint] if hint else lines)
+
+
+def _section(title: str, entries: Mapping[str, str]) -> list[str]:
+    if not entries:
+        return []
+    head = f"  {len(entries)} {title}:"
+    if len(entries) <= _LISTED:
+        return [head, *(f"    {name}{what}" for name, what in entries.items())]
+    groups = group_by_prefix(entries)
+    return [
+        head,
+        *(
+            f"    {prefix} ({len(names)}), such as {names[0]}{entries[names[0]]}"
+            for prefix, names in groups.items()
+        ),
+        "    (the exception's attributes hold the full lists)",
+    ]
+
+
+def group_by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names under their longest dotted prefixes of one length that make at most a dozen groups."""
+    names = list(names)
+    best: dict[str, list[str]] = {}
+    for depth in range(1, max(name.count(".") for name in names) + 2):
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            parts = name.split(".")
+            label = ".".join(parts[:depth]) + (".*" if len(parts) > depth else "")
+            groups.setdefault(label, []).append(name)
+        if best and len(groups) > _GROUPS:
+            break
+        best = groups
+    if len(best) > _GROUPS:  # flat names: show the largest groups only
+        largest = sorted(best, key=lambda label: -len(best[label]))[: _GROUPS - 1]
+        rest = [name for label in best if label not in largest for name in best[label]]
+        best = {**{label: best[label] for label in largest}, "others": rest}
+    return best
+
+
+def explanation(missing: Iterable[str], extra: Iterable[str]) -> str | None:
+    """A sentence if one change of names makes all missing names appear among the extra ones, or nearly so."""
+    missing, extra = set(missing), set(extra)
+    if not missing or not extra:
+        return None
+    for wrapper in _WRAPPERS:
+        if missing <= {name.replace(wrapper, "") for name in extra if wrapper in name}:
+            return f"  All missing names are in the file with a wrapper's {wrapper!r} inside: remove it."
+    prefix, found = _best_prefix(missing, extra)
+    if found > len(missing) / 2:
+        return f"  {_share(found, missing)} missing names are in the file behind {prefix!r}: strip it."
+    prefix, found = _best_prefix(extra, missing)
+    if found > len(missing) / 2:
+        return f"  {_share(found, missing)} missing names are in the file without their {prefix!r}: add it."
+    if len(missing) <= 5:
+        close = {name: get_close_matches(name, extra, n=1, cutoff=0.8) for name in missing}
+        pairs = [f"{name} may be {match[0]}" for name, match in close.items() if match]
+        return f"  Nearest names: {', '.join(pairs)}." if pairs else None
+    return None
+
+
+def _share(found: int, missing: set[str]) -> str:
+    return f"All {found}" if found == len(missing) else f"{found} of {len(missing)}"
+
+
+def _best_prefix(short: set[str], long: set[str]) -> tuple[str, int]:
+    """The dotted prefix that the most names of `long` have before a name of `short`, and how many."""
+    counts: Counter[str] = Counter()
+    for name in long:
+        start = name.find(".") + 1
+        while start:
+            if name[start:] in short:
+                counts[name[:start]] += 1
+            start = name.find(".", start) + 1
+    return counts.most_common(1)[0] if counts else ("", 0)
