@@ -1,9 +1,9 @@
 """Random numbers that are addressed instead of drawn.
 
-Every number is a pure function of (seed, stream, position, element), so what a training step or a sampled image
-sees does not depend on what was drawn before it, on the batch size, on the number of processes or on the device.
-The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), written
-with int64 tensor operations so that it runs wherever torch does.
+Every number is a pure function of (seed, stream, position, element), so what a training step or a
+sampled image sees does not depend on what was drawn before it, on the batch size, on the number of
+processes or on the device. The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC 2011), written with int64 tensor operations so that it runs wherever torch does.
 """
 
 import math
@@ -45,7 +45,8 @@ def _words(seed: int, stream: str, positions: torch.Tensor, count: int, device=N
     """int64 words in [0, 2^32) of shape (4, B, count)."""
     if positions.dtype != torch.int64 or positions.ndim != 1:
         raise ValueError(
-            f"positions must be an int64 tensor of shape (B,), got {positions.dtype} of {tuple(positions.shape)}"
+            f"positions must be an int64 tensor of shape (B,), got {positions.dtype} "
+            f"of {tuple(positions.shape)}"
         )
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), got {seed}")
