@@ -232,7 +232,7 @@ def _assign(
     used: Mapping[str, Tensor],
     aliases: Mapping[str, list[str]],
 ) -> None:
-    owners = dict(module.named_modules())
+    owners = dict(module.named_modules(remove_duplicate=False))
     taken: set[int] = set()
     new: dict[str, Tensor] = {}  # by the first name that the file has, so that tied parameters stay tied
     for name in targets:

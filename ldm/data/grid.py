@@ -10,26 +10,42 @@ _SMALLEST_TILE = 64  # smaller images are enlarged, or a grid of them could not 
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Images (B, C, H, W) in [-1, 1], C 1 or 3 -> uint8 (B, H, W, 3) or (B, H, W) for one channel; clamped."""
+    """Images (B, C, H, W) in [-1, 1], C 1 or 3 -> uint8 (B, H, W, 3) or (B, H, W) for one channel.
+
+    Values outside are clamped, NaN is black.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be (B, 1 or 3, H, W), got {tuple(images.shape)}")
     # 127.5 (x + 1), rounded: black and white come out as 0 and 255.
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    pixels = (
+        ((images.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5)
+        .round()
+        .to("cpu", torch.uint8)
+    )
     pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
 def image_grid(images: torch.Tensor, columns: int | None = None, padding: int = 2) -> Image.Image:
     """One picture of images (B, C, H, W) in [-1, 1], row by row; `columns` defaults to about a square."""
-    pixels = to_uint8(images)
+    return pixel_grid(to_uint8(images), columns, padding)
+
+
+def pixel_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2) -> Image.Image:
+    """`image_grid` of uint8 pixels (B, H, W) or (B, H, W, 3).
+
+    Raises:
+        ValueError: no images, or no columns.
+    """
+    if len(pixels) == 0 or (columns is not None and columns < 1):
+        raise ValueError(f"a grid needs images and columns, got {len(pixels)} images in {columns} columns")
     factor = max(1, -(-_SMALLEST_TILE // max(pixels.shape[1:3])))
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     columns = columns or math.ceil(math.sqrt(len(pixels)))
     rows = -(-len(pixels) // columns)
     height, width = pixels.shape[1] + padding, pixels.shape[2] + padding
-    sheet = np.full(
-        (rows * height + padding, columns * width + padding, *pixels.shape[3:]), 255, dtype=np.uint8
-    )
+    shape = (rows * height + padding, columns * width + padding, *pixels.shape[3:])
+    sheet = np.full(shape, 255, dtype=np.uint8)
     for i, tile in enumerate(pixels):
         top, left = (i // columns) * height + padding, (i % columns) * width + padding
         sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 _MAX_WORKERS = 8
+_LAST_SECONDS = 30  # that a worker lives on after a SIGTERM, unless it is ended in the ordinary way before
 
 
 def available_cpus() -> int:
@@ -77,6 +78,9 @@ def collate(samples: dict | list[dict]) -> dict:
 def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+    if hasattr(signal, "alarm"):
+        # SIGTERM to all processes of a job is for the main one too; it needs its workers to finish its step.
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 
 
 def make_loader(

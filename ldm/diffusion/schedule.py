@@ -116,7 +116,7 @@ class DiscreteSchedule:
         betas, alphas_cumprod, sigmas_all: float64 of shape (T,).
     """
 
-    SPACINGS = ("uniform", "quad", "trailing", "leading", "linspace", "karras")
+    SPACINGS = ("uniform", "quad", "trailing", "leading", "linspace", "respaced", "karras")
 
     def __init__(
         self,
@@ -188,6 +188,7 @@ class DiscreteSchedule:
         trailing: from T - 1 down in steps of T / steps (Lin et al. 2023), ending at 0.
         leading: multiples of T // steps from 0 up, ending at 0.
         linspace: `steps` fractional times from T - 1 to 0 (k-diffusion), then 0.
+        respaced: the same, rounded as improved-diffusion's `timestep_respacing` rounds, then 0.
         karras: `karras_sigmas` with `rho` between the table's ends, then 0.
         """
         total = self.timesteps
@@ -199,6 +200,8 @@ class DiscreteSchedule:
             return karras_sigmas(steps, self.sigmas_all[0].item(), self.sigmas_all[-1].item(), rho)
         if spacing == "linspace":
             return self.sigmas_at(_linspace(0, total - 1, steps) if steps > 1 else [total - 1])
+        if spacing == "respaced":
+            return self.sigmas_at(respaced_timesteps(total, str(steps)))
         if spacing == "leading":
             return self.sigmas_at([i * (total // steps) for i in range(steps)])
         if spacing == "trailing":

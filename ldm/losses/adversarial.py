@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.losses.perceptual import autocast_off
+from ldm.nn.precision import autocast_off
 
 
 def hinge_d_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ldm.losses.adversarial import GAN_LOSSES, adaptive_weight, parameters_held
 from ldm.losses.efficientnet import EfficientNetPerceptual
 from ldm.losses.lpips import LPIPS
-from ldm.losses.perceptual import autocast_off
 from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.discriminator import NLayerDiscriminator
 from ldm.models.quantize import VQOutput
+from ldm.nn.precision import autocast_off
 
 #: State dict names under this prefix are of a frozen, published network and need not be saved.
 FROZEN_PREFIX = "perceptual_loss."

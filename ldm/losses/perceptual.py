@@ -1,6 +1,5 @@
 """What the perceptual distances share: a frozen network, colour channels, unit-length features."""
 
-import torch
 from torch import Tensor, nn
 
 
@@ -44,8 +43,3 @@ def unit_length(features: Tensor, eps: float = 1e-10) -> Tensor:
     features = features.float()
     length = features.square().sum(dim=1, keepdim=True).clamp_min(eps**2).sqrt()  # (B, 1, H, W)
     return features / (length + eps)
-
-
-def autocast_off(x: Tensor) -> torch.autocast:
-    """A context in which sums and logarithms keep float32 whatever precision surrounds it."""
-    return torch.autocast(device_type=x.device.type, enabled=False)

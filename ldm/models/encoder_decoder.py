@@ -4,6 +4,8 @@ arXiv:2012.09841), with the parameter names of the published latent diffusion ch
 
 import difflib
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +18,17 @@ from ldm.nn.resblock import Downsample, ResBlock, Upsample, normalize
 class _Options:
     """Builders of the parts that all levels share."""
 
-    def __init__(self, dropout: float, attn_type: str, num_groups: int):
-        self.dropout, self.attn_type, self.num_groups = dropout, attn_type, num_groups
+    def __init__(
+        self, dropout: float, attn_type: str, attn_options: Mapping[str, Any] | None, num_groups: int
+    ):
+        self.dropout, self.attn_type, self.attn_options = dropout, attn_type, attn_options
+        self.num_groups = num_groups
 
     def block(self, in_channels: int, out_channels: int) -> ResBlock:
         return ResBlock(in_channels, out_channels, dropout=self.dropout, num_groups=self.num_groups)
 
     def attention(self, channels: int) -> nn.Module:
-        return make_attn(channels, self.attn_type, self.num_groups)
+        return make_attn(channels, self.attn_type, self.num_groups, self.attn_options)
 
 
 class Level(nn.Module):
@@ -62,7 +67,8 @@ class Encoder(nn.Module):
 
     f = 2^(len(ch_mult) - 1). `ch` times `ch_mult[i]` channels and `num_res_blocks` blocks at level i;
     attention at the levels whose size is in `attn_resolutions` (pixels, for images of `resolution`; the
-    network itself takes any size that f divides, square or not). `attn_type` vanilla, linear or none;
+    network itself takes any size that f divides, square or not) and between the middle's two blocks.
+    `attn_type` and `attn_options` as in `ldm.nn.attention.make_attn`: vanilla, linear, se, cbam, eca or none;
     `use_linear_attn` is the older way to say linear. `num_groups` of the GroupNorms. Takes a whole
     `ddconfig`: `out_ch`, `give_pre_end` and `tanh_out` concern the decoder alone.
     """
@@ -82,15 +88,18 @@ class Encoder(nn.Module):
         double_z: bool = True,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        attn_options: Mapping[str, Any] | None = None,
         num_groups: int = 32,
         out_ch: int | None = None,
         give_pre_end: bool = False,
         tanh_out: bool = False,
     ):
         super().__init__()
-        options = _Options(dropout, "linear" if use_linear_attn else attn_type, num_groups)
+        attn_type = "linear" if use_linear_attn else attn_type
+        options = _Options(dropout, attn_type, attn_options, num_groups)
         sizes = _level_sizes(resolution, ch_mult, attn_resolutions)
         self.in_channels, self.factor = in_channels, 2 ** (len(ch_mult) - 1)
+        self.attn_options = dict(attn_options or {})
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         channels = ch
@@ -142,6 +151,7 @@ class Decoder(nn.Module):
         resamp_with_conv: bool = True,
         use_linear_attn: bool = False,
         attn_type: str = "vanilla",
+        attn_options: Mapping[str, Any] | None = None,
         give_pre_end: bool = False,
         tanh_out: bool = False,
         num_groups: int = 32,
@@ -149,7 +159,8 @@ class Decoder(nn.Module):
         double_z: bool = True,
     ):
         super().__init__()
-        options = _Options(dropout, "linear" if use_linear_attn else attn_type, num_groups)
+        attn_type = "linear" if use_linear_attn else attn_type
+        options = _Options(dropout, attn_type, attn_options, num_groups)
         sizes = _level_sizes(resolution, ch_mult, attn_resolutions)
         self.z_channels, self.give_pre_end, self.tanh_out = z_channels, give_pre_end, tanh_out
         channels = ch * ch_mult[-1]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.nn.precision import autocast_off
+
 _CHUNK_DISTANCES = 1 << 23  # 64 MiB of float64
 
 
@@ -74,7 +76,7 @@ class VectorQuantizer(nn.Module):
         """(B, embed_dim, H, W) -> VQOutput in float32; ValueError for another number of channels."""
         if z.ndim != 4 or z.shape[1] != self.embed_dim:
             raise ValueError(f"expected a latent (B, {self.embed_dim}, H, W), got {tuple(z.shape)}")
-        with torch.autocast(device_type=z.device.type, enabled=False):
+        with autocast_off(z):
             z = z.float()
             batch, _, height, width = z.shape
             rows = z.permute(0, 2, 3, 1).reshape(-1, self.embed_dim)  # (B*H*W, D)

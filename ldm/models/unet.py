@@ -6,7 +6,8 @@ section 3.3). Arguments and parameter names are those of the repositories guided
 and generative-models (sgm), so that a published state dict loads strictly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,10 @@ class UNetModel(UNetEncoder):
         legacy: where `num_head_channels` does not divide the width of a SpatialTransformer, True makes its
             heads wider, False leaves channels out.
         spatial_transformer_attn_type: "softmax" or "softmax-xformers", the same function here.
+        attn_type: what stands where there is attention, the middle included. "attention": SpatialTransformers
+            or AttentionBlocks, as above. Otherwise a name of `ldm.nn.attention.make_attn` (se, cbam, eca,
+            linear, vanilla, none), for a network without a context; the heads then have no effect.
+        attn_options: of that kind, see `make_attn`: `{reduction: 8}` for se, say.
         num_groups: of all GroupNorms; must divide every width.
         image_size, use_fp16: stand in published configs and have no effect: any size is taken, and the
             precision is the caller's choice (autocast, `.to(dtype)`).
@@ -97,6 +102,8 @@ class UNetModel(UNetEncoder):
         n_embed: int | None = None,
         legacy: bool = True,
         spatial_transformer_attn_type: str = "softmax",
+        attn_type: str = "attention",
+        attn_options: Mapping[str, Any] | None = None,
         num_groups: int = 32,
         image_size: int | Sequence[int] | None = None,
         use_fp16: bool = False,
@@ -129,6 +136,8 @@ class UNetModel(UNetEncoder):
             context_dim=context_dim,
             use_linear_in_transformer=use_linear_in_transformer,
             legacy=legacy,
+            attn_type=attn_type,
+            attn_options=attn_options,
         )
         super().__init__(
             blocks,

@@ -3,13 +3,14 @@
 See `ldm.models.unet` for the sources.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.nn.attention import AttentionBlock
+from ldm.nn.attention import ATTENTION_BUILDERS, AttentionBlock, make_attn
 from ldm.nn.init import conv_nd
 from ldm.nn.resblock import DownsampleND, TimestepResBlock, UpsampleND
 from ldm.nn.timestep import Timestep, TimestepEmbedSequential, timestep_embedding
@@ -41,15 +42,35 @@ class UNetBlocks:
     context_dim: int | Sequence[int] | None = None
     use_linear_in_transformer: bool = False
     legacy: bool = True
+    attn_type: str = "attention"
+    attn_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_heads == -1 and self.num_head_channels == -1:
+        if self.attn_type != "attention":
+            self._check_attn_type()
+        elif self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError("UNet: give num_heads or num_head_channels; both are -1")
+        elif self.attn_options:
+            raise ValueError(
+                f'UNet: attn_options={dict(self.attn_options)} has no effect on attn_type="attention"'
+            )
         if self.context_dim is not None and not self.use_spatial_transformer:
             raise ValueError(
                 f"UNet: context_dim={self.context_dim} needs use_spatial_transformer=True; "
                 "an AttentionBlock takes no context"
             )
+
+    def _check_attn_type(self) -> None:
+        if self.attn_type not in ATTENTION_BUILDERS:
+            names = ", ".join(("attention", *ATTENTION_BUILDERS))
+            raise ValueError(f"UNet: attn_type={self.attn_type!r} does not exist; there are: {names}")
+        if self.use_spatial_transformer:
+            raise ValueError(
+                f"UNet: attn_type={self.attn_type!r} takes the place of the SpatialTransformers, which "
+                "use_spatial_transformer or context_dim asks for; leave these out"
+            )
+        if self.dims != 2:
+            raise ValueError(f"UNet: attn_type={self.attn_type!r} is made for dims=2, not dims={self.dims}")
 
     def res(self, channels: int, out_channels: int, **resampling: bool) -> TimestepResBlock:
         return TimestepResBlock(
@@ -77,7 +98,10 @@ class UNetBlocks:
     def attention(
         self, channels: int, depth: int, disable_self_attn: bool = False, num_heads: int | None = None
     ) -> nn.Module:
-        """A SpatialTransformer of `depth` blocks, or an AttentionBlock; `num_heads` only for the latter."""
+        """A SpatialTransformer of `depth` blocks, an AttentionBlock (`num_heads` is only for it), or what
+        `attn_type` names."""
+        if self.attn_type != "attention":
+            return make_attn(channels, self.attn_type, self.num_groups, self.attn_options)
         if not self.use_spatial_transformer:
             return AttentionBlock(
                 channels,
@@ -155,6 +179,7 @@ class UNetEncoder(nn.Module):
         self.adm_in_channels = adm_in_channels
         self.dims = blocks.dims
         self.context_dim = blocks.context_dim
+        self.attn_type, self.attn_options = blocks.attn_type, dict(blocks.attn_options or {})
         self.downsampling_factor = 2 ** (levels - 1)
         self.attention_resolutions = tuple(attention_resolutions)
         self.widths = [int(mult * model_channels) for mult in channel_mult]

@@ -7,7 +7,7 @@ Follows Dosovitskiy et al. 2020 (https://arxiv.org/abs/2010.11929) and Touvron e
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,8 @@ class VisionTransformer(nn.Module):
         img_size: height and width, an int or (H, W).
         patch_size: of the patches, an int or (p, q).
         embed_dim, depth, num_heads: channels, blocks, and heads of each.
-        num_classes: logits; 0 leaves the head out, and `forward` returns the class token's features.
+        num_classes: logits; 0 leaves the head out, and `forward` returns the class token's features. A
+            training config may say "auto", and has the data's number put in.
         representation_size: width of a linear layer with tanh before the head (`pre_logits.fc`); 0 for none.
         in_chans: channels of the images.
         mlp_ratio: inner width of the mlp over `embed_dim`.
@@ -175,7 +176,7 @@ class VisionTransformer(nn.Module):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
-        num_classes: int | None = None,
+        num_classes: int | Literal["auto"] | None = None,
         representation_size: int | None = None,
         in_chans: int = 3,
         mlp_ratio: float = 4.0,
@@ -201,6 +202,10 @@ class VisionTransformer(nn.Module):
         img_size, patch_size = as_pair(numbers["img_size"], "img_size"), numbers["patch_size"]
         self.embed_dim = embed_dim = numbers["embed_dim"]
         self.num_classes = num_classes = numbers["num_classes"]
+        if num_classes == "auto":
+            raise ValueError(
+                'VisionTransformer: num_classes="auto" stands in training configs, where the data fills it in'
+            )
         depth, num_heads = numbers["depth"], numbers["num_heads"]
         representation_size = numbers["representation_size"]
         if distilled and representation_size:
@@ -209,9 +214,7 @@ class VisionTransformer(nn.Module):
                 "each other: there is one such layer and two heads"
             )
         self.use_checkpoint = use_checkpoint
-        self.patch_embed = PatchEmbed(
-            patch_size, in_chans, embed_dim, None if dynamic_img_size else img_size
-        )
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, None if dynamic_img_size else img_size)
         self.grid_size = self.patch_embed.grid(*img_size)
         self.num_prefix_tokens = 2 if distilled else 1
         tokens = self.num_prefix_tokens + math.prod(self.grid_size)

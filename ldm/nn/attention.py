@@ -1,20 +1,21 @@
 """Attention over the positions of a feature map, and over conditioning tokens.
 
-All softmax attention is `torch.nn.functional.scaled_dot_product_attention`: softmax(q k^T / sqrt(d)) v
-(Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1), with q, k, v as (B, heads, positions, d).
-Parameter names are those of the original repositories.
+All softmax attention is `ldm.nn.sequence_attention.attend`, the positions taken as a sequence. Parameter
+names are those of the original repositories.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, einsum, nn
 
+from ldm.nn.channel_attention import CBAM, EfficientChannelAttention, SqueezeExcitation
 from ldm.nn.checkpoint import checkpoint
 from ldm.nn.init import zero_module
 from ldm.nn.resblock import normalize
+from ldm.nn.sequence_attention import attend, split_heads
 
 
 class AttnBlock(nn.Module):
@@ -35,8 +36,7 @@ class AttnBlock(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         h = self.norm(x)
         q, k, v = (rearrange(conv(h), "b c h w -> b 1 (h w) c") for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C), scaled by 1 / sqrt(C)
-        h = rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
+        h = rearrange(attend(q, k, v), "b (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
 
@@ -78,31 +78,71 @@ class LinAttnBlock(LinearAttention):
         super().__init__(dim=in_channels, heads=1, dim_head=in_channels)
 
 
-#: attn_type -> builder(in_channels, num_groups); a module of feature maps (B, C, H, W) -> (B, C, H, W).
-ATTENTION_BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
+def _linear(in_channels: int, num_groups: int) -> nn.Module:
+    return LinAttnBlock(in_channels)
+
+
+def _none(in_channels: int, num_groups: int) -> nn.Module:
+    return nn.Identity()
+
+
+def _se(in_channels: int, num_groups: int, reduction: int = 16) -> nn.Module:
+    return SqueezeExcitation(in_channels, reduction)
+
+
+def _cbam(in_channels: int, num_groups: int, reduction: int = 16, kernel_size: int = 7) -> nn.Module:
+    return CBAM(in_channels, reduction, kernel_size)
+
+
+def _eca(in_channels: int, num_groups: int, gamma: float = 2.0, b: float = 1.0) -> nn.Module:
+    return EfficientChannelAttention(in_channels, gamma, b)
+
+
+#: attn_type -> builder(in_channels, num_groups, **options) of a module (B, C, H, W) -> (B, C, H, W).
+ATTENTION_BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vanilla": AttnBlock,
     # sgm's name for the same function and parameters on another kernel.
     "vanilla-xformers": AttnBlock,
-    "linear": lambda in_channels, num_groups: LinAttnBlock(in_channels),
-    "none": lambda in_channels, num_groups: nn.Identity(),
+    "linear": _linear,
+    "se": _se,
+    "cbam": _cbam,
+    "eca": _eca,
+    "none": _none,
 }
+_FOR_ALL = ("in_channels", "num_groups")
 
 
-def make_attn(in_channels: int, attn_type: str = "vanilla", num_groups: int = 32) -> nn.Module:
-    """The attention of the autoencoder by its name in a config.
+def make_attn(
+    in_channels: int,
+    attn_type: str = "vanilla",
+    num_groups: int = 32,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The attention of a convolutional network by its name in a config.
 
     Args:
         in_channels: channels of the feature map, kept.
-        attn_type: a key of `ATTENTION_BUILDERS`: `vanilla`, `linear`, `none`, ...
+        attn_type: a key of `ATTENTION_BUILDERS`: `vanilla` and `linear` mix positions; `se`, `cbam` and `eca`
+            weigh channels (cbam also places); `none` does nothing.
         num_groups: of the GroupNorm, where the kind has one.
+        options: of the kind: `reduction` (se, cbam), `kernel_size` (cbam), `gamma` and `b` (eca).
 
     Raises:
-        ValueError: unknown `attn_type` (the message lists what exists), or `num_groups` does not divide.
+        ValueError: unknown `attn_type` or option (the message lists what exists), or a number that does not
+            fit the channels.
     """
     if attn_type not in ATTENTION_BUILDERS:
         names = ", ".join(ATTENTION_BUILDERS)
         raise ValueError(f"attn_type={attn_type!r} does not exist; there are: {names}")
-    return ATTENTION_BUILDERS[attn_type](in_channels, num_groups)
+    builder, options = ATTENTION_BUILDERS[attn_type], dict(options or {})
+    allowed = [name for name in inspect.signature(builder).parameters if name not in _FOR_ALL]
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise ValueError(
+            f"attn_options: {', '.join(unknown)} is no option of attn_type={attn_type!r}; "
+            f"there are: {', '.join(allowed) or 'none'}"
+        )
+    return builder(in_channels, num_groups, **options)
 
 
 class QKVAttention(nn.Module):
@@ -125,7 +165,7 @@ class QKVAttention(nn.Module):
     def forward(self, qkv: Tensor) -> Tensor:
         """(B, 3C, T) -> (B, C, T)."""
         q, k, v = rearrange(qkv, f"b {self.layout} t -> three b heads t d", three=3, heads=self.num_heads)
-        return rearrange(F.scaled_dot_product_attention(q, k, v), "b heads t d -> b (heads d) t")
+        return attend(q, k, v).transpose(1, 2)
 
 
 class AttentionBlock(nn.Module):
@@ -211,28 +251,14 @@ class CrossAttention(nn.Module):
         """x (B, N, query_dim), context (B, M, context_dim) or None for x -> (B, N, query_dim).
 
         Args:
-            mask: bool, True where a key may be attended to: (B, M) for all queries alike, or (B, N, M).
-                Every query needs at least one such key.
+            mask: where a query may attend to, as in `attend`.
 
         Raises:
-            ValueError: the mask is not bool, or of another shape.
+            ValueError: the mask has another shape, or is neither bool nor integer.
         """
         context = x if context is None else context
         q, k, v = (
-            rearrange(linear(tokens), "b n (heads d) -> b heads n d", heads=self.heads)
+            split_heads(linear(tokens), self.heads)
             for linear, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        if mask is not None:
-            mask = _broadcast_mask(mask, x.shape[0], x.shape[1], context.shape[1])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, d)
-        return self.to_out(rearrange(out, "b heads n d -> b n (heads d)"))
-
-
-def _broadcast_mask(mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
-    """(B, M) or (B, N, M) -> (B, 1, 1 or N, M)."""
-    if mask.dtype is not torch.bool or tuple(mask.shape) not in ((batch, keys), (batch, queries, keys)):
-        raise ValueError(
-            f"CrossAttention: mask is {mask.dtype} of shape {tuple(mask.shape)}; "
-            f"expected torch.bool of shape {(batch, keys)} or {(batch, queries, keys)}"
-        )
-    return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
+        return self.to_out(attend(q, k, v, mask))

@@ -1,0 +1,266 @@
+"""Parameter names here and in the library diffusers, for the first stages and the UNet.
+
+A built network is walked block by block, so that every name follows from indices: which level, which layer,
+which kind. Names and layouts are those of `AutoencoderKL`, `VQModel`, `UNet2DModel` and
+`UNet2DConditionModel` (https://github.com/huggingface/diffusers).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.key_report import KeyReport
+from ldm.checkpoints.strict import KeyMismatch
+from ldm.models.unet import UNetModel
+from ldm.nn.attention import AttentionBlock, AttnBlock
+from ldm.nn.resblock import DownsampleND, ResBlock, TimestepResBlock, UpsampleND
+from ldm.nn.transformer import SpatialTransformer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter of ours is in diffusers.
+
+    theirs: its name; three names (q, k, v) for a stacked projection.
+    linear: the weight of a 1x1 convolution here is that of a linear layer there.
+    heads: of a stacked projection, in how many groups q, k and v take turns here: the number of heads in the
+        legacy order, 1 in the new one. diffusers has all heads' q, then k, then v.
+    """
+
+    theirs: tuple[str, ...]
+    linear: bool = False
+    heads: int = 1
+
+    def encode(self, tensor: Tensor) -> list[Tensor]:
+        """Our tensor as diffusers has it, one for each name."""
+        if len(self.theirs) == 1:
+            parts = [tensor]
+        else:
+            rows = len(tensor) // 3
+            grouped = tensor.reshape(self.heads, 3, rows // self.heads, *tensor.shape[1:])
+            parts = [grouped[:, i].reshape(rows, *tensor.shape[1:]) for i in range(3)]
+        return [part.flatten(1) if self.linear and part.ndim > 1 else part for part in parts]
+
+    def decode(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `encode`, for our parameter of this shape."""
+        if len(parts) == 1:
+            return parts[0].reshape(shape)
+        rows = shape[0] // 3
+        grouped = [part.reshape(self.heads, 1, rows // self.heads, *shape[1:]) for part in parts]
+        return torch.cat(grouped, dim=1).reshape(shape)
+
+
+Places = dict[str, Place]
+
+_ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+_RES = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_RES_FIRST_STAGE = {**{n: n for n in ("norm1", "conv1", "norm2", "conv2")}, "nin_shortcut": "conv_shortcut"}
+_ATTN = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_QKV = ("to_q", "to_k", "to_v")
+# Names of an attention layer's projections in folders written before diffusers 0.16.
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def first_stage_places(model: nn.Module) -> Places:
+    """Our name -> place in `AutoencoderKL` or `VQModel`, for every parameter of a first stage."""
+    places: Places = {}
+    for name, _ in model.named_parameters():
+        if name.split(".")[0] in ("quant_conv", "post_quant_conv", "quantize"):
+            places[name] = Place((name,))
+    for half, samplers, levels in (
+        ("encoder", "down", list(model.encoder.down)),
+        ("decoder", "up", list(model.decoder.up)),
+    ):
+        network = getattr(model, half)
+        for leaf in ("conv_in", "conv_out"):
+            _same_leaves(places, getattr(network, leaf), f"{half}.{leaf}", f"{half}.{leaf}")
+        _same_leaves(places, network.norm_out, f"{half}.norm_out", f"{half}.conv_norm_out")
+        middle = f"{half}.mid_block"
+        _layer(places, network.mid.block_1, f"{half}.mid.block_1", f"{middle}.resnets.0")
+        _layer(places, network.mid.attn_1, f"{half}.mid.attn_1", f"{middle}.attentions.0")
+        _layer(places, network.mid.block_2, f"{half}.mid.block_2", f"{middle}.resnets.1")
+        for i, level in enumerate(levels):
+            ours = f"{half}.{samplers}.{i}"
+            block = f"{half}.{samplers}_blocks.{i if half == 'encoder' else len(levels) - 1 - i}"
+            for j, layer in enumerate(level.block):
+                _layer(places, layer, f"{ours}.block.{j}", f"{block}.resnets.{j}")
+            for j, layer in enumerate(level.attn):
+                _layer(places, layer, f"{ours}.attn.{j}", f"{block}.attentions.{j}")
+            for sampler in ("downsample", "upsample"):
+                if hasattr(level, sampler):
+                    _same_leaves(
+                        places, getattr(level, sampler), f"{ours}.{sampler}", f"{block}.{sampler}rs.0"
+                    )
+    return places
+
+
+def unet_places(unet: UNetModel, class_name: str = "class_embedding") -> Places:
+    """Our name -> place in `UNet2DModel` or `UNet2DConditionModel`, for every parameter of a UNet.
+
+    `class_name` is where the network for `y` lies: `class_embedding`, or SDXL's `add_embedding`.
+    """
+    places: Places = {}
+    for ours, theirs in _ENDS.items():
+        _same_leaves(places, unet.get_submodule(ours), ours, theirs)
+    _labels(places, unet, class_name)
+    for index, (level, layer) in enumerate(_encoder_positions(unet), start=1):
+        block = unet.input_blocks[index]
+        _sequence(places, block, f"input_blocks.{index}", f"down_blocks.{level}", layer)
+    _layer(places, unet.middle_block[0], "middle_block.0", "mid_block.resnets.0")
+    _layer(places, unet.middle_block[1], "middle_block.1", "mid_block.attentions.0")
+    _layer(places, unet.middle_block[2], "middle_block.2", "mid_block.resnets.1")
+    for index, (level, layer) in enumerate(_decoder_positions(unet)):
+        block = unet.output_blocks[index]
+        _sequence(places, block, f"output_blocks.{index}", f"up_blocks.{level}", layer)
+    return places
+
+
+def _encoder_positions(unet: UNetModel) -> Iterator[tuple[int, int | None]]:
+    """(level, index within it) of each input block after the first; None where only the size changes."""
+    for level, count in enumerate(unet.num_res_blocks):
+        yield from ((level, layer) for layer in range(count))
+        if level < len(unet.num_res_blocks) - 1:
+            yield level, None
+
+
+def _decoder_positions(unet: UNetModel) -> Iterator[tuple[int, int]]:
+    """(level counted from the lowest resolution, index within it) of each output block."""
+    for level, count in enumerate(reversed(unet.num_res_blocks)):
+        yield from ((level, layer) for layer in range(count + 1))
+
+
+def _sequence(places: Places, block: nn.Module, ours: str, theirs: str, layer: int | None) -> None:
+    """The layers of one input or output block: a residual block, attention, a change of size."""
+    for position, module in enumerate(block):
+        name = f"{ours}.{position}"
+        if isinstance(module, SpatialTransformer | AttentionBlock):
+            _layer(places, module, name, f"{theirs}.attentions.{layer}")
+        elif isinstance(module, TimestepResBlock) and isinstance(module.h_upd, nn.Identity):
+            _layer(places, module, name, f"{theirs}.resnets.{layer}")
+        else:
+            up = isinstance(module, UpsampleND) or isinstance(getattr(module, "h_upd", None), UpsampleND)
+            _layer(places, module, name, f"{theirs}.{'upsamplers' if up else 'downsamplers'}.0")
+
+
+def _layer(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
+    """Every parameter of one layer."""
+    for name, _ in module.named_parameters():
+        stem, _, leaf = name.rpartition(".")
+        match module:
+            case TimestepResBlock():
+                place = Place((f"{theirs}.{_RES[stem]}.{leaf}",))
+            case ResBlock():
+                place = Place((f"{theirs}.{_RES_FIRST_STAGE[stem]}.{leaf}",))
+            case AttnBlock():
+                place = Place((f"{theirs}.{_ATTN[stem]}.{leaf}",), linear=stem != "norm")
+            case AttentionBlock() if stem == "qkv":
+                legacy = module.attention.layout.startswith("(heads")
+                heads = module.attention.num_heads if legacy else 1
+                place = Place(tuple(f"{theirs}.{part}.{leaf}" for part in _QKV), True, heads)
+            case AttentionBlock():
+                place = Place((f"{theirs}.{_ATTN[stem]}.{leaf}",), linear=stem != "norm")
+            case SpatialTransformer():
+                place = Place((f"{theirs}.{name}",))
+            case DownsampleND() | UpsampleND():
+                place = Place((f"{theirs}.conv.{leaf}",))
+            case _:
+                raise ValueError(f"{ours} is a {type(module).__name__}, which has no name in diffusers")
+        places[f"{ours}.{name}"] = place
+
+
+def _labels(places: Places, unet: UNetModel, class_name: str) -> None:
+    if unet.num_classes is None:
+        return
+    match unet.num_classes:
+        case "timestep":
+            stems = {"label_emb.1.0": ".linear_1", "label_emb.1.2": ".linear_2"}
+        case "sequential":
+            stems = {"label_emb.0.0": ".linear_1", "label_emb.0.2": ".linear_2"}
+        case _:
+            stems = {"label_emb": ""}
+    for ours, theirs in stems.items():
+        _same_leaves(places, unet.get_submodule(ours), ours, class_name + theirs)
+
+
+def _same_leaves(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
+    for name, _ in module.named_parameters():
+        places[f"{ours}.{name}"] = Place((f"{theirs}.{name}",))
+
+
+def to_diffusers(tensors: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
+    """Our tensors under the names and in the shapes of diffusers.
+
+    Raises:
+        KeyError: a tensor without a place; nothing is left out silently.
+    """
+    written = {}
+    for name, tensor in tensors.items():
+        place = places[name]
+        written |= dict(zip(place.theirs, place.encode(tensor), strict=True))
+    return written
+
+
+def from_diffusers(
+    tensors: Mapping[str, Tensor],
+    places: Places,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    class_name: str,
+) -> dict[str, Tensor]:
+    """The tensors of a diffusers file under our names, every key of both sides accounted for.
+
+    Args:
+        shapes: of our parameters.
+        where, class_name: the file and the class of diffusers, for messages.
+
+    Raises:
+        KeyMismatch: keys are missing, extra or of another shape, in the file's own names.
+    """
+    tensors = {_current(name): tensor for name, tensor in tensors.items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, place in places.items():
+        rows, *rest = shapes[name]
+        rest = [rest[0]] if place.linear and rest else rest
+        expected |= dict.fromkeys(place.theirs, (rows // len(place.theirs), *rest))
+    report = KeyReport(
+        missing={name: shape for name, shape in expected.items() if name not in tensors},
+        extra={name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in expected},
+        misshaped={
+            name: (tuple(tensors[name].shape), shape)
+            for name, shape in expected.items()
+            if name in tensors and not _fits(tuple(tensors[name].shape), shape)
+        },
+    )
+    if not report.empty:
+        raise KeyMismatch(where, class_name, report)
+    return {
+        name: place.decode([tensors[n] for n in place.theirs], shapes[name]) for name, place in places.items()
+    }
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal, or a 1x1 convolution where a linear layer is expected, as some older folders have it."""
+    return shape == expected or (len(expected) == 2 and shape == (*expected, 1, 1))
+
+
+def _current(name: str) -> str:
+    """Today's name of a parameter: attention layers once had other ones."""
+    match name.split("."):
+        case [*above, "attentions", index, part, leaf] if part in _FORMER:
+            return ".".join([*above, "attentions", index, _FORMER[part], leaf])
+    return name

@@ -1,0 +1,112 @@
+"""`ldm.load`: one door to every file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.checkpoints import compvis_export, diffusers_folder, native, published
+from ldm.checkpoints.errors import CheckpointError
+from ldm.signatures import nearest
+
+_LISTED = 8
+
+
+def load(
+    path: str | Path,
+    config: str | Path | Mapping | None = None,
+    ema: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A trained model in eval mode: a first stage, a `LatentDiffusion`, or a bare network.
+
+    Nothing in a file is executed, and only models of this package are built from its description.
+
+    Args:
+        path: a run folder, its `model.safetensors`, or one of its checkpoints; a folder of diffusers (a
+            pipeline or one of its parts); or, with `config`, a checkpoint of
+            the original latent diffusion, Stable Diffusion, sgm or OpenAI's diffusion projects.
+        config: the YAML of the original project, unchanged (see `ldm.checkpoints.published`), or one of this
+            toolkit, for a file that does not describe its model itself.
+        ema: take the averaged weights where there are any; False takes the raw ones.
+        device, dtype: where the model goes and, if given, the type of its floating-point parameters.
+
+    Raises:
+        FileNotFoundError: nothing is there; says what is near.
+        CheckpointError: the file is no model of this toolkit, is damaged, or has missing, extra or mis-shaped
+            keys.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(_not_found(path))
+    if config is not None:
+        model = published.load_published(path, config, ema, dtype)
+    elif native.is_run_folder(path):
+        model = native.load_run(path, ema)
+    elif diffusers_folder.is_diffusers_folder(path):
+        model = diffusers_folder.load_diffusers(path, ema)
+    elif path.is_dir():
+        raise CheckpointError(str(path), _no_run(path))
+    elif path.suffix == ".safetensors":
+        if native.read_description(path) is None:
+            raise CheckpointError(
+                str(path), "holds weights, but no description of their model" + _published(path)
+            )
+        model = native.load_model(path)
+        if not ema and model.description.get("weights") == "ema":
+            raise CheckpointError(str(path), "holds averaged (EMA) weights only" + _raw_weights(path))
+    else:
+        try:
+            model = native.load_training(path, ema)
+        except CheckpointError as error:
+            if compvis_export.is_exported(path):
+                model = compvis_export.load_exported(path, ema)
+            elif type(error) is CheckpointError:  # whole and safe, but of another kind
+                raise CheckpointError(error.where, error.reason + _published(path)) from error
+            else:
+                raise
+    return model.to(device=device, dtype=dtype)
+
+
+def _published(path: Path) -> str:
+    beside = sorted(p.name for p in path.parent.glob("*.y*ml"))
+    example = path.parent / beside[0] if beside else "the YAML it was trained with"
+    return f". A file of another project needs that project's config: config={str(example)!r}"
+
+
+def _raw_weights(path: Path) -> str:
+    newest = native.newest_training(path.parent)
+    return f"; the raw ones are in {newest}" if newest else "; the raw ones are in the run's checkpoints/"
+
+
+def _not_found(path: Path) -> str:
+    """What the path should be, and what the nearest folder that exists has."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    wanted = path.absolute().relative_to(folder).parts[0]
+    shown = folder if path.is_absolute() else _relative(folder)
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    found = nearest(wanted, names)
+    hint = f" Did you mean {shown / found}?" if found else f" {shown}/ has {_some(names)}."
+    return f"{path} does not exist; give a run folder, a {native.MODEL_FILE} or a checkpoint.{hint}"
+
+
+def _relative(folder: Path) -> Path:
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _no_run(path: Path) -> str:
+    runs = sorted(p.name for p in path.iterdir() if native.is_run_folder(p))
+    if runs:
+        return f"is no run folder itself, but holds these: {_some(runs)}"
+    if native.is_run_folder(path.parent):
+        return f"is no run folder, but a part of one; give {path.parent}, or a file"
+    inside = _some(sorted(p.name for p in path.iterdir()))
+    return f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return (", ".join(names[:_LISTED]) + more) or "nothing"

@@ -1,0 +1,237 @@
+"""The toolkit's own files: `model.safetensors` that describes itself, and checkpoints of a training run.
+
+A description is plain data:
+    format   "ldm/1"
+    model    {target, params}: how to build the model, first stage included
+    classes  names of the classes, or None
+    sampling defaults for sampling (sampler, steps, guidance, ...), or None
+    weights  "ema" or "raw"
+    step     optimizer steps behind the weights
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ldm import config as configuration
+from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from ldm.checkpoints.reading import read_weights
+from ldm.checkpoints.strict import load_strict
+from ldm.checkpoints.writing import write_atomically, write_safetensors
+
+FORMAT = "ldm/1"
+METADATA_KEY = "ldm"
+MODEL_FILE = "model.safetensors"
+# Where the parts of a model are. A file of weights builds nothing else: no data set that searches the disk,
+# no loss that downloads.
+_ROOMS = ("ldm.conditioning", "ldm.diffusion", "ldm.latent_diffusion", "ldm.models", "ldm.nn")
+_TRAINING_KEYS = ("description", "ema", "model", "step")
+
+
+def build(description: Mapping, where: str) -> nn.Module:
+    """The model of a description, with fresh weights, in eval mode.
+
+    Only models and their parts inside `ldm` are built, and nothing else is imported: a file must not be able
+    to name other code.
+
+    Raises:
+        CheckpointError: another format, or no description of a model.
+        ConfigError: targets and params that this version does not have, or does not allow.
+    """
+    _check_description(description, where)
+    outside = sorted({t for t in _targets(description["model"]) if t.startswith("ldm.") and not _in_rooms(t)})
+    if outside:
+        raise CheckpointError(
+            where, f"asks for {', '.join(outside)}, which is no part of a model; nothing was built"
+        )
+    tree = configuration.loads(json.dumps({"model": description["model"]}), origin=where)
+    configuration.check(tree, allow_foreign=False)
+    model = configuration.instantiate(tree.model)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(where, f"describes a {type(model).__name__}, which is no model")
+    return model.eval()
+
+
+def _check_description(description: Any, where: str) -> None:
+    """Plain data of the kinds that the rest of the toolkit relies on."""
+    if not isinstance(description, Mapping):
+        raise CheckpointError(
+            where, f"describes its model by a {type(description).__name__}, not by a mapping"
+        )
+    _check_format(description.get("format"), where)
+    kinds = {"model": Mapping, "classes": list | None, "sampling": Mapping | None, "weights": str | None}
+    for key, kind in kinds.items():
+        if not isinstance(description.get(key), kind):
+            raise CheckpointError(
+                where, f"its description's {key!r} is a {type(description.get(key)).__name__}"
+            )
+    if not all(isinstance(name, str) for name in description.get("classes") or []):
+        raise CheckpointError(where, "its description's 'classes' are not all names")
+
+
+def _check_format(given: Any, where: str) -> None:
+    if given == FORMAT:
+        return
+    number = re.fullmatch(r"ldm/([0-9]+)", str(given))
+    if number and int(number[1]) > int(FORMAT.removeprefix("ldm/")):
+        what = f"was written by a newer version of the toolkit (format {given}); upgrade ldm-toolkit"
+    else:
+        what = f"has format {given!r}"
+    raise UnsupportedCheckpoint(where, f"{what}. This version reads {FORMAT}")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        if isinstance(node.get("target"), str):
+            yield node["target"]
+        node = list(node.values())
+    for item in node if isinstance(node, list) else ():
+        yield from _targets(item)
+
+
+def _in_rooms(target: str) -> bool:
+    return any(target.startswith(f"{room}.") for room in _ROOMS)
+
+
+def describe(model: nn.Module, description: Mapping) -> nn.Module:
+    """Attach what is known about a model: `model.description`, read by sampling for classes and defaults."""
+    model.description = dict(description)
+    return model
+
+
+def save_model(path: Path, tensors: Mapping[str, Tensor], description: Mapping) -> None:
+    """Write a file that `load` can read alone; beside its target first, synced, then renamed."""
+    write_safetensors(path, dict(tensors), {METADATA_KEY: json.dumps(description, sort_keys=True)})
+
+
+def read_description(path: Path) -> dict | None:
+    """The description inside a .safetensors file, or None if the file is not one of ours."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        read_weights(path)  # says more about what is wrong
+        raise CorruptCheckpoint(str(path), f"cannot be read as safetensors: {error}") from error
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(str(path), f"its description is no JSON: {error}") from error
+
+
+def load_model(path: Path) -> nn.Module:
+    """The model in a `model.safetensors` of ours, strictly."""
+    description = read_description(path)
+    if description is None:
+        raise CheckpointError(
+            str(path),
+            f"holds weights, but no description of their model; {MODEL_FILE} of a run folder has one",
+        )
+    model = build(description, str(path))
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    load_strict(model, tensors, where=str(path))
+    return describe(model, description)
+
+
+def save_training(path: Path, state: Mapping) -> None:
+    """Write a training checkpoint (plain containers and tensors only) without ever harming the previous
+    one.
+    """
+    write_atomically(path, lambda file: torch.save(dict(state), file))
+
+
+def read_training(path: Path) -> dict:
+    """A training checkpoint of ours, on the CPU; nothing in it is executed.
+
+    Raises:
+        CorruptCheckpoint: the file is truncated or damaged.
+        UnsafeCheckpoint: it asks for code to be run; nothing of it was.
+        CheckpointError: it is whole, but of another kind.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen kinds for a broken zip
+        _explain(path)
+        raise CheckpointError(
+            str(path), "holds weights, but is no training checkpoint of this toolkit"
+        ) from error
+    if not isinstance(state, dict) or not str(state.get("format")).startswith("ldm/"):
+        raise CheckpointError(str(path), "is no training checkpoint of this toolkit")
+    _check_format(state["format"], str(path))
+    missing = [key for key in _TRAINING_KEYS if key not in state]
+    if missing:
+        raise CheckpointError(str(path), f"is a training checkpoint without {', '.join(missing)}")
+    return state
+
+
+def _explain(path: Path) -> None:
+    """Raise what our own reader, which knows more about files than torch, finds wrong with this one."""
+    try:
+        read_weights(path)
+    except UnsafeCheckpoint:
+        raise
+    except CheckpointError as error:
+        raise CorruptCheckpoint(
+            str(path), f"cannot be read as a training checkpoint: {error.reason}"
+        ) from error
+
+
+def load_training(path: Path, ema: bool = True) -> nn.Module:
+    """The model in a training checkpoint, with its EMA weights where it has them and `ema` asks for them."""
+    state = read_training(path)
+    averaged = state["ema"] if ema else {}
+    description = dict(state["description"], weights="ema" if averaged else "raw", step=state["step"])
+    model = build(description, str(path))
+    load_strict(model, {**state["model"], **averaged}, where=str(path))
+    return describe(model, description)
+
+
+def newest_training(run: Path) -> Path | None:
+    """The latest checkpoint in a run folder."""
+    files = sorted((run / "checkpoints").glob("step-*.ckpt"))
+    return files[-1] if files else None
+
+
+def is_run_folder(path: Path) -> bool:
+    return path.is_dir() and ((path / MODEL_FILE).exists() or (path / "checkpoints").is_dir())
+
+
+def load_run(run: Path, ema: bool = True) -> nn.Module:
+    """The model of a run folder: its `model.safetensors`, or for raw weights its newest checkpoint.
+
+    Raises:
+        CheckpointError: there are no such weights.
+    """
+    exported, checkpoint = run / MODEL_FILE, newest_training(run)
+    if exported.exists() and (ema or (checkpoint is None and _holds_raw(exported))):
+        return load_model(exported)
+    if checkpoint is None:
+        what = (
+            "holds averaged (EMA) weights only" if exported.exists() else "has no weights yet: train it first"
+        )
+        raise CheckpointError(str(run), what)
+    return load_training(checkpoint, ema)
+
+
+def _holds_raw(path: Path) -> bool:
+    description = read_description(path)
+    return isinstance(description, Mapping) and description.get("weights") == "raw"
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values: changes when any weight does."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""Class labels as conditions."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.conditioner import Embedder
+
+
+def _check_count(name: str, num_classes) -> int:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(
+            f"{name}: num_classes must be a positive integer (or 'auto' in a training config, where the data "
+            f"set fills it in), got {num_classes!r}"
+        )
+    return num_classes
+
+
+class _ClassCondition(Embedder):
+    """Labels 0..num_classes-1; the absent class is the extra label `num_classes`."""
+
+    num_classes: int
+    null_class: bool
+
+    def _labels(self, labels: Tensor, dropped: Tensor | None) -> Tensor:
+        if dropped is None:
+            return labels
+        if not self.null_class:
+            raise ValueError(
+                f"{type(self).__name__} has no row for an absent class (null_class=False): drop must be 0, "
+                "and guidance needs an explicit `uncond`"
+            )
+        return torch.where(dropped, self.num_classes, labels)
+
+    def null_values(self, batch_size: int, device: torch.device) -> Tensor:
+        return torch.zeros(batch_size, dtype=torch.long, device=device)
+
+
+class ClassEmbedder(_ClassCondition):
+    """Class label -> learned embedding, as one cross-attention token (B, 1, D) or as a vector (B, D).
+
+    The parameter is `embedding.weight` as in the original LDM's ClassEmbedder, with one more row, the last,
+    for the absent class unless `null_class=False`. As a `vector` it is added to the timestep embedding by a
+    UNet with `num_classes="sequential"` and `adm_in_channels=dim`.
+
+    Raises:
+        ValueError: at construction for a count that is no positive integer; labels out of range raise
+            IndexError.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | Literal["auto"],
+        dim: int,
+        kind: Literal["crossattn", "vector"] = "crossattn",
+        drop: float = 0.1,
+        key: str = "label",
+        null_class: bool = True,
+    ):
+        super().__init__(key, kind, drop)
+        if kind == "concat":
+            raise ValueError("ClassEmbedder: kind must be 'crossattn' or 'vector'")
+        self.num_classes, self.null_class = _check_count("ClassEmbedder", num_classes), null_class
+        if drop > 0 and not null_class:
+            raise ValueError("ClassEmbedder: drop > 0 needs null_class=True")
+        self.embedding = nn.Embedding(num_classes + int(null_class), dim)
+
+    def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
+        rows = self.embedding(self._labels(values, dropped))
+        return rows[:, None] if self.kind == "crossattn" else rows
+
+
+class ClassLabel(_ClassCondition):
+    """Class label passed through as integers (B,) for a network that embeds them itself.
+
+    The network adds them to its timestep embedding: `UNetModel(num_classes=K + 1)` as in improved-diffusion,
+        or a
+    DiT with `num_classes=K`; the absent class is label K.
+    """
+
+    def __init__(self, num_classes: int | Literal["auto"], drop: float = 0.1, key: str = "label"):
+        super().__init__(key, "vector", drop)
+        self.num_classes, self.null_class = _check_count("ClassLabel", num_classes), True
+
+    def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
+        return self._labels(values, dropped)

@@ -1,0 +1,132 @@
+"""An image as a condition: variations of it, or images in its manner."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.conditioning.conditioner import Embedder, zero_dropped
+from ldm.models.vit import VisionTransformer, fit_positions
+
+#: Mean and deviation, in [0, 1], that an encoder's weights expect to be taken out of its images.
+_NORMALIZATIONS = {
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+_HEADS = ("head.", "head_dist.", "pre_logits.")
+
+
+class ImageEmbedder(Embedder):
+    """Images (B, C, H, W) in [-1, 1] -> features of a Vision Transformer; no image is zeros.
+
+    As `crossattn` the class token and one token a patch, (B, 1 + N, dim); as `vector` the class token alone,
+    (B, dim). Images of another size than the encoder's are resized with antialiasing. Training needs the
+    images themselves beside the latents: `cache: false`.
+
+    Args:
+        model: the encoder, a VisionTransformer; its head is not used, `num_classes: 0` leaves it out.
+        dim: of the condition, by a linear layer that is trained; None keeps the encoder's width.
+        kind: "crossattn" or "vector".
+        drop, key: see `Embedder`.
+        trainable: train the encoder too; otherwise it stays as it is, in evaluation mode.
+        weights: a run folder or file that training takes the encoder's weights from, when a run begins. A
+            trained model holds them itself.
+        normalization: of the images, as the weights expect it: "half" keeps [-1, 1] (ViT's authors, this
+            toolkit's classifiers); "imagenet" takes out ImageNet's mean and deviation (DeiT).
+
+    Raises:
+        ValueError: an unknown kind or normalization, or an encoder that is no VisionTransformer.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        dim: int | None = None,
+        kind: Literal["crossattn", "vector"] = "crossattn",
+        drop: float = 0.1,
+        key: str = "image",
+        trainable: bool = False,
+        weights: str | None = None,
+        normalization: Literal["half", "imagenet"] = "half",
+    ):
+        super().__init__(key, kind, drop)
+        if kind == "concat":
+            raise ValueError("ImageEmbedder: kind must be 'crossattn' or 'vector'")
+        if normalization not in _NORMALIZATIONS:
+            names = ", ".join(_NORMALIZATIONS)
+            raise ValueError(
+                f"ImageEmbedder: normalization {normalization!r} does not exist; there are: {names}"
+            )
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(f"ImageEmbedder: model must be a VisionTransformer, got {type(model).__name__}")
+        self.model, self.trainable, self.weights = model, trainable, weights
+        width = model.embed_dim
+        self.proj = nn.Identity() if dim in (None, width) else nn.Linear(width, dim)
+        mean, std = (torch.tensor(numbers)[None, :, None, None] for numbers in _NORMALIZATIONS[normalization])
+        # From [-1, 1]: (x / 2 + 1 / 2 - mean) / std.
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        # Nothing of the encoder that gives no features is trained.
+        model.requires_grad_(trainable)
+        for name, parameter in model.named_parameters():
+            if name.startswith(_HEADS):
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "ImageEmbedder":
+        super().train(mode)
+        if not self.trainable:
+            self.model.eval()
+        return self
+
+    def take_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the encoder from a classifier's state dict, strictly but for the classifier's head; positions
+        are interpolated to the encoder's grid.
+
+        Raises:
+            ValueError: names or shapes that differ, all of them named.
+        """
+        own = {name: value for name, value in self.model.state_dict().items() if name.startswith(_HEADS)}
+        given = {name: value for name, value in state_dict.items() if not name.startswith(_HEADS)}
+        try:
+            self.model.load_state_dict({**own, **fit_positions(given, self.model)})
+        except RuntimeError as error:
+            raise ValueError(f"ImageEmbedder: the weights do not fit the encoder: {error}") from error
+
+    def values_in(self, batch: dict) -> Tensor:
+        if self.key not in batch and "mean" in batch:
+            raise ValueError(
+                f"ImageEmbedder reads the key {self.key!r}, but cached latents come without the images; set "
+                "cache=false"
+            )
+        return super().values_in(batch)
+
+    def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
+        if values.ndim != 4:
+            raise ValueError(
+                f"ImageEmbedder: {self.key!r} must hold images (B, C, H, W), got {tuple(values.shape)}"
+            )
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            features = self.model.forward_features(self._prepared(values))  # (B, prefix + N, width)
+        if self.kind == "vector":
+            features = features[:, 0]
+        elif self.model.num_prefix_tokens > 1:
+            features = torch.cat([features[:, :1], features[:, self.model.num_prefix_tokens :]], dim=1)
+        features = self.proj(features)
+        return features if dropped is None else zero_dropped(features, dropped)
+
+    def null_values(self, batch_size: int, device: torch.device) -> Tensor:
+        height, width = self._size()
+        return torch.zeros(batch_size, self.model.patch_embed.in_channels, height, width, device=device)
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        """In the encoder's size and normalization."""
+        if tuple(images.shape[2:]) != self._size():
+            images = F.interpolate(images, self._size(), mode="bicubic", antialias=True)
+        channels = images.shape[1]
+        return images * self.scale[:, :channels] + self.shift[:, :channels]
+
+    def _size(self) -> tuple[int, int]:
+        patches, sides = self.model.grid_size, self.model.patch_embed.patch_size
+        return patches[0] * sides[0], patches[1] * sides[1]
