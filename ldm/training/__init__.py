@@ -1,0 +1,1 @@
+"""Training with Lightning: tasks, moving averages, exact resume, pictures and figures."""

@@ -1,0 +1,31 @@
+"""Weights that a conditioner's encoders begin with."""
+
+import logging
+from pathlib import Path
+
+from ldm.checkpoints import load, native
+from ldm.checkpoints.reading import read_weights
+from ldm.conditioning import Conditioner
+
+log = logging.getLogger(__name__)
+
+
+def load_encoders(conditioner: Conditioner) -> None:
+    """Give every embedder with a `weights` path (an `ImageEmbedder`'s) the weights that lie there.
+
+    Raises:
+        ValueError: nothing is there, or it does not fit.
+    """
+    for embedder in conditioner.embedders:
+        source = getattr(embedder, "weights", None)
+        if source is None:
+            continue
+        path = Path(source)
+        if not path.exists():
+            raise ValueError(
+                f"conditioner: weights {path} of the {type(embedder).__name__} do not exist; give a run "
+                "folder or a file"
+            )
+        tensors = load(path).state_dict() if native.is_run_folder(path) else read_weights(path).tensors
+        embedder.take_weights(tensors)
+        log.info("%s: weights of %s", type(embedder).__name__, path)

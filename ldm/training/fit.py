@@ -1,0 +1,133 @@
+"""One run from beginning to end: its folder, its stage, its trainer, and what is said about it."""
+
+import logging
+import signal
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from ldm.training.callbacks import Checkpoints, Figures, Pictures, Validation
+from ldm.training.interruption import Interruption
+from ldm.training.logs import RunLogs
+from ldm.training.networks import compile_blocks
+from ldm.training.run_config import RunConfig, complete
+from ldm.training.run_folder import RunFolder
+from ldm.training.stages import Stage, build_stage
+from ldm.training.trainer import TrainingData, make_trainer, uses_gpu
+
+log = logging.getLogger(__name__)
+
+
+def fit(cfg, run: RunConfig) -> Path | None:
+    """Train a checked config; see `ldm.training.run.train`."""
+    interruption = Interruption()
+    trainer = make_trainer(run, [interruption])
+    folder, config = RunFolder(run.folder), complete(cfg, run)
+    if not trainer.is_global_zero:
+        logging.getLogger("ldm").setLevel(logging.WARNING)
+    with folder.held() if trainer.is_global_zero else nullcontext():
+        state = folder.find(config) if trainer.is_global_zero else folder.newest_state()
+        if state is None or state["step"] < run.training.steps:
+            _fit(cfg, run, folder, config, state, trainer, interruption)
+        elif trainer.is_global_zero:
+            folder.finish(state)
+            log.info(
+                "%s is complete: step %d of %d. A larger training.steps continues it.",
+                *(folder.path, state["step"], run.training.steps),
+            )
+    return folder.path if trainer.is_global_zero else None
+
+
+def _fit(
+    cfg,
+    run: RunConfig,
+    folder: RunFolder,
+    config: Mapping,
+    state: dict | None,
+    trainer: pl.Trainer,
+    interruption: Interruption,
+) -> None:
+    stage = build_stage(run, cfg, trainer.strategy.root_device, resuming=state is not None)
+    task = stage.task
+    if state is not None:
+        task.resume_from(state)
+        _tell_resumed(run, folder, stage, state)
+    del state
+    logs = None
+    if trainer.is_global_zero:
+        folder.prepare(config)
+        if stage.keep is not None:
+            stage.keep(folder.path)
+        logs = RunLogs(folder.logs, task.step, run.logging.tensorboard)
+    _announce(run, stage, trainer)
+    if run.training.compile:
+        compile_blocks(task)
+    trainer.callbacks.extend(_callbacks(run, stage, folder, logs))
+    try:
+        with interruption:
+            trainer.fit(task, datamodule=TrainingData(stage, run.training, run.seed, task.step))
+    except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
+        if interruption.asked is None:
+            raise
+        raise KeyboardInterrupt(f"stopped at once; the same command continues {folder.path}") from stop
+    except BaseException:
+        _end_others(trainer)
+        raise
+    finally:
+        if logs is not None:
+            logs.close()
+    if interruption.asked is not None and task.step < run.training.steps and trainer.is_global_zero:
+        raise KeyboardInterrupt(f"stopped at step {task.step}; the same command continues {folder.path}")
+
+
+def _callbacks(run: RunConfig, stage: Stage, folder: RunFolder, logs: RunLogs | None) -> list[pl.Callback]:
+    steps, settings = run.training.steps, run.logging
+    figures = Figures(logs, settings, run.training)
+    held_out = stage.held_out(run.training, settings)
+    return [
+        figures,
+        Validation(held_out, logs, figures, settings.validate_every, steps),
+        Pictures(stage.draw.name, stage.draw, folder, settings.images_every, steps),
+        Checkpoints(folder, stage.description, {"data": stage.data}, run.training),
+    ]
+
+
+def _end_others(trainer: pl.Trainer) -> None:
+    """End the processes that this one started: they would wait for it, on GPUs for half an hour."""
+    launcher = trainer.strategy.launcher
+    for process in getattr(launcher, "procs", ()):
+        process.send_signal(signal.SIGKILL)
+
+
+def _tell_resumed(run: RunConfig, folder: RunFolder, stage: Stage, state: Mapping) -> None:
+    log.info("continuing %s at step %d of %d", folder.path, state["step"], run.training.steps)
+    before = state.get("data", stage.data)
+    if before != stage.data:
+        log.warning(
+            "the training data changed since that checkpoint (%d images then, %d now): the run goes on, with "
+            "other images than it would have seen",
+            *(before["images"], stage.data["images"]),
+        )
+
+
+def _announce(run: RunConfig, stage: Stage, trainer: pl.Trainer) -> None:
+    """What is about to happen, in a few lines."""
+    training = run.training
+    trained = sum(p.numel() for group in stage.task.optimized() for p in group)
+    held_out = len(stage.validation) if stage.validation is not None else 0
+    log.info("%s: %s, %.2f M trained parameters", run.folder, run.task, trained / 1e6)
+    log.info(
+        "data: %d images to train on, %d held out; %d steps of %d",
+        *(len(stage.train), held_out, training.steps, training.batch_size),
+    )
+    device = torch.cuda.get_device_name() if uses_gpu(training) else f"CPU, {torch.get_num_threads()} threads"
+    log.info("device: %d x %s, precision %s", trainer.world_size, device, trainer.precision)
+    if training.optimizer.scale_lr:
+        lr = training.optimizer.lr
+        log.info(
+            "scale_lr: learning rate %g x batch size %d = %g",
+            *(lr, training.batch_size, lr * training.batch_size),
+        )

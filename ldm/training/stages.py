@@ -1,0 +1,241 @@
+"""From a checked config to what a run needs: data, model, task, pictures."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import nn
+from torch.utils.data import Dataset
+
+from ldm import config as configuration
+from ldm.checkpoints import load, native
+from ldm.checkpoints.strict import load_strict
+from ldm.data import SequentialBatches, make_loader
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.losses import AutoencoderLoss
+from ldm.training.autoencoder import AutoencoderTask
+from ldm.training.diffusion import DiffusionTask
+from ldm.training.encoders import load_encoders
+from ldm.training.first_stage import (
+    FILE,
+    cached_and_normalised,
+    find_first_stage,
+    keep_first_stage,
+    load_first_stage,
+)
+from ldm.training.networks import channels_last
+from ldm.training.pictures import Reconstructions, Samples
+from ldm.training.run_config import AutoencoderRun, ClassifierRun, DiffusionRun, RunConfig, fill_classes
+from ldm.training.settings import LoggingSettings, TrainingSettings
+from ldm.training.task import Task
+
+#: What a data set must have besides items, to be trained on.
+DATA_SET = ("split", "set_seed", "fingerprint", "classes", "size", "channels")
+
+#: What a diffusion model is made of besides its first stage.
+PARTS = ("network", "denoiser", "conditioner")
+
+
+@dataclass
+class Stage:
+    """All that a run trains with.
+
+    train, validation: data sets; the samples of `train` are asked for by (index, position).
+    task: the LightningModule. description: what the saved model says of itself.
+    data: identity of the training data, kept in checkpoints. draw: makes the grids, and has a name.
+    keep: writes into the run folder what the run needs besides; None for nothing.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    task: Task
+    description: dict
+    data: dict
+    draw: Callable[[Task], Image]
+    keep: Callable[[Path], None] | None = None
+
+    def held_out(
+        self, training: TrainingSettings, logging: LoggingSettings
+    ) -> Callable[[int, int], tuple[Iterable[dict], bool]] | None:
+        """Batches of held-out images for `Validation`, in a fixed order that does not follow the classes.
+
+        Which images these are depends on neither the number of devices nor that of accumulation steps; a
+        batch is as large as what one device works through at once in training.
+        """
+        if self.validation is None:
+            return None
+        order = np.random.default_rng(0).permutation(len(self.validation))
+        if logging.validation_batches is not None:
+            order = order[: logging.validation_batches * training.batch_size]
+
+        def batches(rank: int, world: int) -> tuple[Iterable[dict], bool]:
+            size = max(1, training.batch_size // (world * training.accumulate))
+            chunks = [order[i : i + size] for i in range(0, len(order), size)]
+            own = chunks[rank::world]
+            indices = np.concatenate(own or chunks[:1])
+            return make_loader(self.validation, SequentialBatches(indices, size), training.workers), bool(own)
+
+        return batches
+
+
+def build_stage(run: RunConfig, cfg, device: torch.device, resuming: bool = False, rehearsal: bool = False):
+    """The stage of a config.
+
+    Args:
+        device: where the first stage encodes.
+        resuming: a checkpoint's weights are loaded next, so none are looked for elsewhere.
+        rehearsal: for a trial of one step: latents are neither cached nor measured.
+    """
+    if isinstance(run, AutoencoderRun):
+        return autoencoder_stage(run, cfg, resuming)
+    if isinstance(run, ClassifierRun):
+        from ldm.training.classifier_stage import classifier_stage
+
+        return classifier_stage(run, cfg, resuming)
+    return diffusion_stage(run, cfg, device, resuming, rehearsal)
+
+
+def build_data(run: RunConfig, cfg) -> tuple[Dataset, Dataset | None]:
+    """The data set's training and validation parts."""
+    whole = configuration.instantiate(cfg.data, allow_foreign=True)
+    lacks = [name for name in DATA_SET if not hasattr(whole, name)]
+    if lacks:
+        raise ValueError(f"data.target {cfg.data.target} lacks {', '.join(lacks)}: see ldm.data.ImageFolder")
+    whole.set_seed(run.seed)
+    train, validation = whole.split("train"), whole.split("validation")
+    if len(train) == 0:
+        raise ValueError("data: no image is left to train on")
+    return train, validation if len(validation) else None
+
+
+def identity_of(train: Dataset) -> dict:
+    return {"images": len(train), "fingerprint": train.fingerprint()}
+
+
+def _start_from(model: nn.Module, path: str) -> nn.Module:
+    load_strict(model, load(path).state_dict(), where=path)
+    return model
+
+
+def autoencoder_stage(run: AutoencoderRun, cfg, resuming: bool) -> Stage:
+    train, validation = build_data(run, cfg)
+    torch.manual_seed(run.seed)
+    model = channels_last(configuration.instantiate(cfg.model, allow_foreign=True))
+    loss = channels_last(configuration.instantiate(cfg.loss, allow_foreign=True))
+    _check_images(model, train)
+    _check_discriminator(loss, train)
+    if run.init_from is not None and not resuming:
+        _start_from(model, run.init_from)
+    description = {
+        "format": native.FORMAT,
+        "model": configuration.to_plain(cfg.model),
+        "image_size": [train.size, train.size],
+        "classes": train.classes,
+        "sampling": None,
+    }
+    task = AutoencoderTask(model, loss, run.training, run.seed)
+    draw = Reconstructions(validation or train, run.logging.images)
+    return Stage(train, validation, task, description, identity_of(train), draw)
+
+
+def _check_images(model: nn.Module, train: Dataset) -> None:
+    factor, size = model.downsampling_factor, train.size
+    if size % factor:
+        raise ValueError(
+            f"data.params.size {size} is not a multiple of the autoencoder's downsampling factor {factor}"
+        )
+    if train.channels != model.image_channels:
+        raise ValueError(
+            f"the images have {train.channels} channels, the autoencoder takes {model.image_channels}; set "
+            f"data.params.channels={model.image_channels}, or the autoencoder's in_channels and out_ch"
+        )
+
+
+def _check_discriminator(loss: AutoencoderLoss, train: Dataset) -> None:
+    """What would otherwise come up when the discriminator wakes, which may be hours into a run."""
+    if not loss.uses_discriminator:
+        return
+    network = loss.discriminator
+    if network.input_nc != train.channels:
+        raise ValueError(
+            f"loss.params.disc_in_channels is {network.input_nc}, the images have {train.channels} channels"
+        )
+    if train.size < network.smallest:
+        raise ValueError(
+            f"data.params.size {train.size} is too small for the discriminator, which takes "
+            f"{network.smallest} and more; lower loss.params.disc_num_layers, or set "
+            "loss.params.disc_weight=0 for none"
+        )
+    if loss.disc_conditional and loss.disc_num_classes != len(train.classes or []):
+        raise ValueError(
+            f"loss.params.disc_num_classes is {loss.disc_num_classes}, the data has "
+            f"{len(train.classes or [])} classes"
+        )
+
+
+def diffusion_stage(
+    run: DiffusionRun, cfg, device: torch.device, resuming: bool, rehearsal: bool = False
+) -> Stage:
+    source = find_first_stage(run, resuming)
+    train, validation = build_data(run, cfg)
+    first_stage, first_stage_part = load_first_stage(source, train.channels)
+    _check_images(first_stage, train)
+    fill_classes(cfg, train.classes)
+    size = [train.size, train.size]
+    model = _build_model(run, cfg, first_stage, size)
+    if "label" in model.conditioner.keys and not train.classes:
+        raise ValueError(
+            "the conditioner reads labels, but the data has no classes (one subfolder a class makes them)"
+        )
+    if not resuming:
+        load_encoders(model.conditioner)
+    draw = Samples(run.sampling, run.logging.images, train.classes, run.seed)
+    draw.rehearse(model)
+    if run.init_from is not None and not resuming:
+        _start_from_diffusion(model, run.init_from)
+    params = {name: configuration.to_plain(cfg.get(name)) for name in PARTS}
+    description = {
+        "format": native.FORMAT,
+        "model": {
+            "target": "ldm.latent_diffusion.LatentDiffusion",
+            "params": {"first_stage": first_stage_part, **params, "image_size": size},
+        },
+        "image_size": size,
+        "classes": train.classes,
+        "sampling": configuration.to_plain(cfg.get("sampling") or {}),
+    }
+    identity = identity_of(train)
+    if not rehearsal:
+        known = resuming or run.init_from is not None
+        train, validation = cached_and_normalised(run, model, [train, validation], device, known)
+    objective = configuration.instantiate(cfg.objective, allow_foreign=True, denoiser=model.denoiser)
+    task = DiffusionTask(model, objective, run.training, run.seed)
+
+    def keep(folder: Path) -> None:
+        if source not in (None, folder / FILE):
+            keep_first_stage(folder, first_stage, first_stage_part)
+
+    return Stage(train, validation, task, description, identity, draw, keep)
+
+
+def _build_model(run: DiffusionRun, cfg, first_stage: nn.Module, size: list[int]) -> LatentDiffusion:
+    torch.manual_seed(run.seed)
+    parts = {
+        name: configuration.instantiate(cfg[name], allow_foreign=True) if cfg.get(name) else None
+        for name in PARTS
+    }
+    return channels_last(LatentDiffusion(first_stage, image_size=size, **parts))
+
+
+def _start_from_diffusion(model: LatentDiffusion, path: str) -> None:
+    """Weights of another run, which must have been trained in the same latents."""
+    wanted = native.fingerprint(model.first_stage_model.state_dict())
+    _start_from(model, path)
+    if native.fingerprint(model.first_stage_model.state_dict()) != wanted:
+        raise ValueError(
+            f"init_from {path} was trained in the latents of another first stage than first_stage; give the "
+            f"first stage of that run"
+        )

@@ -1,0 +1,486 @@
+"""The parts of training, each by itself: rates, clipping, guarded steps, averages, logs, settings."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import nn
+
+from ldm.training import progress as progress_module
+from ldm.training.ema import EMA
+from ldm.training.logs import CSVTable, RunLogs
+from ldm.training.networks import channels_last
+from ldm.training.optimization import base_lr, clip_gradients, guarded_step, lr_factor, make_optimizer
+from ldm.training.progress import Progress, image_progress
+from ldm.training.run_config import AutoencoderRun, DiffusionRun, fill_classes
+from ldm.training.settings import LoggingSettings, OptimizerSettings, SamplingSettings, TrainingSettings
+from ldm.training.task import Diverged, Task, seed_generator
+from ldm.training.trainer import check_batch
+
+# The learning rate
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine", "linear"])
+def test_warmup_is_linear_and_ends_at_the_full_rate(decay):
+    settings = OptimizerSettings(warmup=4, decay=decay)
+    assert [lr_factor(settings, step, 100) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert lr_factor(settings, 4, 100) == 1.0  # the decay begins where the warm-up ends
+
+
+def test_cosine_in_closed_form():
+    settings = OptimizerSettings(warmup=10, decay="cosine", final_lr=0.1)
+    for step in range(10, 110):
+        expected = 0.1 + 0.9 * math.cos(math.pi / 2 * (step - 10) / 100) ** 2
+        assert lr_factor(settings, step, 110) == pytest.approx(expected, abs=1e-12)
+    assert lr_factor(settings, 60, 110) == pytest.approx(0.55)
+    assert lr_factor(settings, 110, 110) == pytest.approx(0.1)
+    assert lr_factor(settings, 109, 110) > 0.1
+
+
+def test_linear_in_closed_form():
+    settings = OptimizerSettings(decay="linear", final_lr=0.5)
+    assert [lr_factor(settings, step, 4) for step in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
+
+
+def test_constant_and_short_runs():
+    assert {lr_factor(OptimizerSettings(), step, 10) for step in range(10)} == {1.0}
+    # A trial of fewer steps than the warm-up, as in a quick look at a config.
+    assert lr_factor(OptimizerSettings(warmup=50, decay="cosine"), 2, 3) == pytest.approx(3 / 50)
+    assert lr_factor(OptimizerSettings(decay="cosine"), 0, 1) == 1.0
+
+
+@given(
+    st.integers(0, 50),
+    st.integers(1, 200),
+    st.sampled_from(["constant", "cosine", "linear"]),
+    st.floats(0, 1),
+    st.integers(0, 300),
+)
+def test_rate_stays_between_its_ends(warmup, steps, decay, final_lr, step):
+    settings = OptimizerSettings(warmup=warmup, decay=decay, final_lr=final_lr)
+    factor = lr_factor(settings, step, steps)
+    assert 0 < factor <= 1 or (factor == 0 and step >= steps and final_lr == 0)
+    if step >= max(warmup, 1):
+        assert factor >= final_lr - 1e-12
+        assert lr_factor(settings, step + 1, steps) <= factor + 1e-12
+
+
+def test_rate_is_scaled_only_on_request():
+    assert base_lr(OptimizerSettings(lr=4.5e-6), 48) == 4.5e-6
+    assert base_lr(OptimizerSettings(lr=4.5e-6, scale_lr=True), 48) == pytest.approx(2.16e-4)
+
+
+# Clipping and the guarded step
+
+
+def parameters_with_gradients(scale: float, seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,), ())]
+    for parameter in parameters:
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_clipping_is_that_of_torch(scale):
+    ours, theirs = parameters_with_gradients(scale), parameters_with_gradients(scale)
+    norm = clip_gradients([*ours, nn.Parameter(torch.zeros(2))], 1.0)  # one without a gradient
+    expected = nn.utils.clip_grad_norm_(theirs, 1.0)
+    torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_no_clipping_leaves_gradients_alone():
+    ours, before = parameters_with_gradients(100.0), parameters_with_gradients(100.0)
+    assert clip_gradients(ours, None) > 100
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, before, strict=True))
+
+
+def test_no_gradient_at_all_is_an_error():
+    with pytest.raises(ValueError, match="does not depend on what is trained"):
+        clip_gradients([nn.Parameter(torch.zeros(2))], 1.0)
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Parameters, moments and step counts."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [value for p in parameters for value in optimizer.state.get(p, {}).values()]
+    return [tensor.detach().clone() for tensor in (*parameters, *state)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_guarded_step_changes_nothing_at_a_gradient_that_is_not_finite(bad):
+    parameters = parameters_with_gradients(1.0)
+    optimizer = make_optimizer(parameters, OptimizerSettings(lr=0.1, weight_decay=0.1), 0.1)
+    guarded_step(optimizer, clip_gradients(parameters, 1.0))
+    before = snapshot(optimizer)
+    assert len(before) == 3 * 4
+    parameters[0].grad[1, 2] = bad
+    guarded_step(optimizer, clip_gradients(parameters, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(optimizer), strict=True))
+
+
+def test_guarded_step_is_adamw():
+    """Two steps against the recursion of Loshchilov and Hutter (2019), algorithm 2."""
+    settings = OptimizerSettings(betas=[0.8, 0.9], eps=1e-6, weight_decay=0.3)
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = make_optimizer([parameter], settings, 0.05)
+    w, m, v = parameter.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    for step in (1, 2):
+        gradient = torch.tensor([0.3, -0.7]).double() * step
+        m, v = 0.8 * m + 0.2 * gradient, 0.9 * v + 0.1 * gradient**2
+        w = w * (1 - 0.05 * 0.3)
+        w = w - 0.05 * (m / (1 - 0.8**step)) / ((v / (1 - 0.9**step)).sqrt() + 1e-6)
+        parameter.grad = gradient
+        guarded_step(optimizer, torch.tensor(1.0))
+    torch.testing.assert_close(parameter.detach(), w, rtol=1e-12, atol=0)
+
+
+class Lopsided(Task):
+    """Two optimizers; the loss of the first is not a number in the steps that it is told."""
+
+    def __init__(self, bad_steps, max_bad_steps: int):
+        super().__init__(TrainingSettings(ema=None, max_bad_steps=max_bad_steps), seed=0)
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.averaged, self.bad_steps = self.first, bad_steps
+
+    def optimized(self):
+        return [list(self.first.parameters()), list(self.second.parameters())]
+
+    def update(self, batch):
+        for i, network in enumerate((self.first, self.second)):
+            factor = float("nan") if i == 0 and self.step in self.bad_steps else 1.0
+            (network(torch.ones(1, 2)).sum() * factor).backward()
+            self.optimizer_step(i)
+        return {}
+
+
+def attach(task: Task):
+    """What a task needs of a trainer, for steps by hand; the caller keeps it."""
+    from types import SimpleNamespace
+
+    strategy = SimpleNamespace(
+        backward=lambda loss, optimizer, *args, **kwargs: loss.backward(*args, **kwargs)
+    )
+    trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
+    task.trainer = trainer
+    task.configure_optimizers()
+    return trainer
+
+
+def test_bad_steps_in_a_row_end_the_run_whichever_optimizer_has_them():
+    task = Lopsided(bad_steps={0, 1, 3, 4, 5}, max_bad_steps=3)
+    trainer = attach(task)
+    assert trainer
+    before = [p.detach().clone() for p in task.first.parameters()]
+    for step in range(6):
+        task.training_step({}, step)
+        if step < 2:
+            assert all(torch.equal(a, b) for a, b in zip(before, task.first.parameters(), strict=True))
+        if step < 5:
+            task.check_finite()  # two in a row, then a good one, then two
+    with pytest.raises(Diverged, match="not finite in the last 3 steps .now at step 6."):
+        task.check_finite()
+    assert all(p.isfinite().all() for p in task.parameters())
+    assert task.state()["bad_steps"] == 3
+
+
+# Averages
+
+
+def test_ema_is_the_recursion():
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    ema = EMA(module, 0.6)
+    weight = module.weight.detach().clone().double()
+    for n in range(1, 12):
+        with torch.no_grad():
+            module.weight.copy_(torch.randn(2, 3, generator=torch.Generator().manual_seed(n)))
+        ema.update()
+        decay = min(0.6, (1 + n) / (10 + n))
+        weight = decay * weight + (1 - decay) * module.weight.detach().double()
+    state = ema.state_dict()
+    assert list(state) == ["weight"] and ema.updates == 11
+    torch.testing.assert_close(state["weight"].double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_ema_of_half_precision_weights_is_float32():
+    module = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
+    ema = EMA(module, 0.999)
+    before = ema.state_dict()["weight"].clone()
+    with torch.no_grad():
+        module.weight.add_(1)
+    ema.update()
+    assert ema.state_dict()["weight"].dtype == torch.float32
+    assert not torch.equal(ema.state_dict()["weight"], before)
+    with ema.swapped_in():
+        assert torch.equal(module.weight, ema.state_dict()["weight"].to(torch.bfloat16))
+
+
+def test_swapped_in_gives_the_own_weights_back_after_an_exception():
+    module = nn.Linear(3, 2)
+    ema = EMA(module, 0.5)
+    with torch.no_grad():
+        module.weight.add_(1)
+    own = module.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="in validation"), ema.swapped_in():
+        assert torch.equal(module.weight, ema.state_dict()["weight"])
+        assert not torch.equal(module.weight, own)
+        raise RuntimeError("in validation")
+    assert torch.equal(module.weight, own)
+
+
+def test_ema_of_another_module_is_refused():
+    with pytest.raises(ValueError, match="do not fit: .'bias'. differ"):
+        EMA(nn.Linear(2, 2), 0.5).load_state_dict({"weight": torch.zeros(2, 2)}, 3)
+
+
+# Logs
+
+
+def test_csv_after_a_kill_has_no_line_twice(tmp_path):
+    path = tmp_path / "train.csv"
+    table = CSVTable(path, 0)
+    for step in range(1, 6):
+        table.add(step, {"loss": step / 8, "images_per_second": 100})
+    whole = path.read_text()
+    assert whole.splitlines()[0] == "step,loss,images_per_second" and len(whole.splitlines()) == 6
+    table = CSVTable(path, 3)
+    assert path.read_text() == "\n".join(whole.splitlines()[:4]) + "\n"
+    table.add(4, {"loss": 0.5, "images_per_second": 100})
+    table.add(5, {"loss": 0.625, "images_per_second": 100})
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("torn", ["1", "12,0.", "12,0.5,10", '12,"0.5', "\0\0\0"])
+def test_csv_drops_a_torn_last_line(tmp_path, torn):
+    path = tmp_path / "train.csv"
+    CSVTable(path, 0).add(10, {"loss": 0.25, "images_per_second": 100})
+    whole = path.read_text()
+    path.write_text(whole + torn)
+    CSVTable(path, 20)
+    assert path.read_text() == whole
+
+
+def test_csv_with_columns_that_come_later(tmp_path):
+    path = tmp_path / "train.csv"
+    table = CSVTable(path, 0)
+    table.add(1, {"loss": 1.0})
+    table.add(2, {"loss": 0.5, "disc_loss": 2.0})
+    table.add(3, {"loss": 0.25})
+    assert path.read_text().splitlines() == ["step,loss,disc_loss", "1,1,", "2,0.5,2", "3,0.25,"]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_csv_of_a_run_that_starts_over_forgets_its_columns(tmp_path):
+    path = tmp_path / "train.csv"
+    CSVTable(path, 0).add(1, {"quant_loss": 1.0})
+    table = CSVTable(path, 0)
+    table.add(1, {"kl_loss": 1.0})
+    assert path.read_text().splitlines() == ["step,kl_loss", "1,1"]
+
+
+def test_csv_holds_figures_that_are_not_finite(tmp_path):
+    table = CSVTable(tmp_path / "train.csv", 0)
+    table.add(1, {"loss": float("nan"), "grad_norm": float("inf")})
+    assert (tmp_path / "train.csv").read_text().splitlines()[1] == "1,nan,inf"
+
+
+def test_tensorboard_beside_the_csv(tmp_path):
+    pytest.importorskip("tensorboard")
+    logs = RunLogs(tmp_path, 0, tensorboard=True)
+    logs.add("train", 1, {"loss": 0.5})
+    logs.close()
+    assert (tmp_path / "train.csv").exists() and list(tmp_path.glob("events.*"))
+
+
+def test_tensorboard_missing_is_said(tmp_path, monkeypatch, caplog):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with caplog.at_level("INFO", "ldm"):
+        logs = RunLogs(tmp_path, 0, tensorboard=True)
+    logs.add("train", 1, {"loss": 0.5})
+    logs.close()
+    assert "TensorBoard is not installed" in caplog.text
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "kind, values, message",
+    [
+        (TrainingSettings, {"steps": 0}, "steps must be a finite number above 0, got 0"),
+        (TrainingSettings, {"batch_size": -2}, "batch_size must be a finite number above 0"),
+        (TrainingSettings, {"accumulate": 0}, "accumulate must be"),
+        (TrainingSettings, {"keep": 0}, "keep must be"),
+        (TrainingSettings, {"max_bad_steps": 0}, "max_bad_steps must be"),
+        (TrainingSettings, {"devices": 0}, "devices must be"),
+        (TrainingSettings, {"workers": -1}, "workers must be a finite number, not negative"),
+        (TrainingSettings, {"checkpoint_every": 0}, "checkpoint_every .* from 1 on, or null for none"),
+        (TrainingSettings, {"precision": "fp16"}, "precision must be one of auto, 32, bf16, got 'fp16'"),
+        (TrainingSettings, {"accelerator": "tpu"}, "accelerator must be one of auto, gpu, cpu"),
+        (TrainingSettings, {"ema": 1.0}, r"ema is a decay in \[0, 1\)"),
+        (OptimizerSettings, {"lr": 0.0}, "lr must be"),
+        (OptimizerSettings, {"lr": math.nan}, "lr must be"),
+        (OptimizerSettings, {"eps": -1e-8}, "eps must be"),
+        (OptimizerSettings, {"clip": 0.0}, "clip must be"),
+        (OptimizerSettings, {"betas": [0.9]}, r"betas must be two numbers in \[0, 1\)"),
+        (OptimizerSettings, {"betas": [0.9, 1.0]}, "betas must be"),
+        (OptimizerSettings, {"warmup": -1}, "warmup must be"),
+        (OptimizerSettings, {"weight_decay": -0.1}, "weight_decay must be"),
+        (OptimizerSettings, {"decay": "step"}, "decay must be one of constant, cosine, linear, got 'step'"),
+        (OptimizerSettings, {"final_lr": 1.5}, r"final_lr is a share of lr in \[0, 1\]"),
+        (LoggingSettings, {"every": 0}, "every must be"),
+        (LoggingSettings, {"images": 0}, "images must be"),
+        (LoggingSettings, {"images_every": 0}, "images_every .* or null for none"),
+        (LoggingSettings, {"validate_every": -1}, "validate_every .* or null for none"),
+        (LoggingSettings, {"validation_batches": 0}, "validation_batches must be"),
+        (SamplingSettings, {"sampler": "eular"}, "sampler 'eular' is unknown; there are .*ddim.*euler"),
+        (SamplingSettings, {"steps": 0}, "steps must be"),
+        (SamplingSettings, {"sampler": "ddim", "eta": -1.0}, "eta must be"),
+        (SamplingSettings, {"sampler": "euler", "eta": 0.5}, "eta belongs to the ddim sampler"),
+    ],
+)
+def test_settings_name_what_is_wrong_and_what_is_allowed(kind, values, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+
+
+def test_settings_defaults_and_none_where_it_is_allowed():
+    for kind in (TrainingSettings, OptimizerSettings, LoggingSettings, SamplingSettings):
+        kind()
+    TrainingSettings(ema=None, checkpoint_every=None)
+    assert TrainingSettings(precision=32).precision == "32"
+    OptimizerSettings(clip=None)
+    LoggingSettings(images_every=None, validate_every=None, validation_batches=None)
+    assert dataclasses.asdict(TrainingSettings())["optimizer"]["decay"] == "constant"
+
+
+RUN = {"name": "x", "data": {}, "model": {}, "loss": {}}
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "."])
+def test_run_name_is_a_folder_name(name):
+    with pytest.raises(ValueError, match="name must be a plain folder name"):
+        AutoencoderRun(task="autoencoder", **{**RUN, "name": name})
+
+
+def test_run_values():
+    with pytest.raises(ValueError, match="seed must be in"):
+        AutoencoderRun(task="autoencoder", **RUN, seed=-1)
+    parts = {"data": {}, "network": {}, "denoiser": {}, "objective": {}, "first_stage": None}
+    with pytest.raises(ValueError, match="latent_scale must be a number above 0, or auto, got 0"):
+        DiffusionRun(task="diffusion", name="x", **parts, latent_scale=0.0)
+
+
+def test_batch_has_to_divide():
+    check_batch(TrainingSettings(batch_size=12, accumulate=3), 2)
+    problem = "batch_size 10 does not divide into 2 device(s) x 2 accumulation step(s); the nearest"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        check_batch(TrainingSettings(batch_size=10, accumulate=2), 2)
+
+
+def test_num_classes_auto_is_filled_from_the_data():
+    tree = {
+        "network": {"params": {"num_classes": "sequential"}},
+        "conditioner": {"params": {"embedders": [{"params": {"num_classes": "auto"}}]}},
+    }
+    for config in (tree, OmegaConf.create(tree)):
+        fill_classes(config, ["cat", "dog", "fox"])
+        assert config["conditioner"]["params"]["embedders"][0]["params"]["num_classes"] == 3
+        assert config["network"]["params"]["num_classes"] == "sequential"
+
+
+@pytest.mark.parametrize("classes", [None, []])
+def test_num_classes_auto_without_classes_is_an_error(classes):
+    with pytest.raises(ValueError, match="one a class; for a model without classes set conditioner=null"):
+        fill_classes({"params": {"num_classes": "auto"}}, classes)
+    fill_classes({"params": {"num_classes": 10}}, classes)
+
+
+# Progress
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress_module, "time", clock)
+    return clock
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(clock, caplog, capsys):
+    with caplog.at_level("INFO", "ldm"):
+        progress = Progress(100, "step", initial=40)
+        for _ in range(20):
+            clock.now += 1.0
+            progress.show("loss 0.5")
+            progress.advance()
+        progress.close()
+    assert [r.message for r in caplog.records] == [
+        "step 55/100: loss 0.5, 00:45 left",
+        "step 60/100: loss 0.5, 00:40 left",
+    ]
+    assert capsys.readouterr().err == ""  # no bar
+
+
+def test_progress_of_something_short_says_nothing_without_a_terminal(clock, caplog):
+    with caplog.at_level("INFO", "ldm"), image_progress("encoding", True) as report:
+        report(10, 20)
+        report(20, 20)
+    assert not caplog.records
+    with image_progress("encoding", False) as report:
+        assert report is None
+
+
+def test_progress_on_a_terminal_is_one_bar(clock, monkeypatch):
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = Progress(10, "step", title="encoding")
+    progress.show("loss 0.5")
+    for _ in range(10):
+        progress.advance()
+    progress.say("step 10: validation loss 0.25")
+    progress.close()
+    text = terminal.getvalue()
+    assert "encoding 10/10 steps" in text and "loss 0.5" in text
+    assert "step 10: validation loss 0.25\n" in text and text.count("\n") == 2
+
+
+# Small things
+
+
+def test_seed_generator_is_manual_seed():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    seed_generator(torch.device("cpu"), 7)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_channels_last_keeps_values_and_leaves_other_shapes_alone():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(2, 2, 3), nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    channels_last(network)
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert network[1].weight.is_contiguous() and network[3].weight.is_contiguous()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
