@@ -1,0 +1,131 @@
+"""The command line: one file a verb. `ldm VERB --help` says what each takes.
+
+Results go to stdout, everything else (progress, warnings, errors) to stderr. A command ends with status 0,
+with 1 after a mistake in what it was asked or given, with 2 where the command line itself is wrong, with 130
+when it was interrupted. A mistake is one message; a traceback is a bug of ours.
+"""
+
+import functools
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import typer
+
+#: verb -> (module, one line)
+VERBS = {
+    "train": ("ldm.cli.train", "Train an autoencoder or a diffusion model from a YAML config."),
+    "sample": ("ldm.cli.sample", "Draw images from a trained diffusion model."),
+    "encode": ("ldm.cli.encode", "Pass images through an autoencoder: reconstructions, figures, latents."),
+    "convert": (
+        "ldm.cli.convert",
+        "Write a model in another format: the original LDM's, that of diffusers, our own.",
+    ),
+    "plan": ("ldm.cli.plan", "What a run would need: parameters, FLOPs, memory, the largest batch, hours."),
+    "verify": ("ldm.cli.verify", "Read every image of a folder and name those that cannot be read."),
+}
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+def run_verb(verb: str, arguments: list[str] | None = None, program: str | None = None) -> None:
+    """Run one verb with these arguments (those of the process by default), then exit the process."""
+    app = _app()
+    command = _command(verb)
+    app.command(help=_help(command), context_settings=_SETTINGS)(command)
+    _run(app, arguments, program or f"ldm {verb}")
+
+
+def main() -> None:
+    """The console command `ldm`."""
+    app = _app()
+    app.callback(invoke_without_command=True, context_settings=_SETTINGS)(_ldm)
+    for verb, (_, line) in VERBS.items():
+        command = _command(verb)
+        app.command(verb, help=_help(command), short_help=line, context_settings=_SETTINGS)(command)
+    _run(app, None, "ldm")
+
+
+def _ldm(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", metavar="", help="Print the version and stop."),
+) -> None:
+    """Latent diffusion, from a folder of images to samples."""
+    if version:
+        from ldm import __version__
+
+        typer.echo(f"ldm {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _app() -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+def _run(app: typer.Typer, arguments: list[str] | None, program: str) -> None:
+    # Ours to be read, everybody else's only where it warns.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ldm").setLevel(logging.INFO)
+    warnings.formatwarning = _warning
+    try:
+        app(arguments, prog_name=program)
+    except KeyboardInterrupt:  # while a module was still being imported
+        _interrupted("")
+
+
+def _command(verb: str) -> Callable:
+    return _reporting(import_module(VERBS[verb][0]).command)
+
+
+def _help(command: Callable) -> str:
+    """The docstring with a line a paragraph, so that the terminal's width decides where lines break."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.getdoc(command).split("\n\n"))
+
+
+def _reporting(command: Callable) -> Callable:
+    """Mistakes of the user end in one clear message, an interruption in its own, the rest in a traceback."""
+
+    @functools.wraps(command)
+    def reported(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt as stop:
+            _interrupted(str(stop))
+        except BrokenPipeError:  # `ldm ... | head`: nobody is left to read
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (ValueError, OSError) as error:
+            if logging.getLogger("ldm").isEnabledFor(logging.DEBUG) or not _is_message(error):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    return reported
+
+
+def _interrupted(text: str) -> None:
+    print(f"\n{text or 'interrupted'}", file=sys.stderr)
+    sys.exit(130)
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether an error was written for the user: raised by the system, or on purpose in this package."""
+    if isinstance(error, OSError) or type(error).__module__.startswith("ldm."):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _warning(message, category, filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of this package without the line of code it came from."""
+    if issubclass(category, UserWarning) and filename.startswith(_PACKAGE):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"

@@ -1,0 +1,48 @@
+"""`ldm verify FOLDER`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.cli.options import MACHINE, Verbose
+
+
+def command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="Images, with or without one subfolder a class.", show_default=False
+        ),
+    ],
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=MACHINE,
+            show_default="what suits the machine",
+            help="Processes that read.",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Read every image of a folder and name those that cannot be read.
+
+    Prints one line for each of them, and ends with status 1 if there are any.
+    """
+    from ldm.cli.progress import progress_bar
+    from ldm.data import ImageFolder, verify
+
+    images = ImageFolder(folder, size=1, on_error="report", layout="flat")
+    with progress_bar(len(images), "reading") as bar:
+        bad = verify(
+            images,
+            progress=lambda done, total: bar.update(done - bar.n),
+            **({} if workers is None else {"num_workers": workers}),
+        )
+    for file in bad:
+        typer.echo(f"{file.path}: {file.reason}")
+    count = f"{len(images) + len(images.empty_files()):,} images"
+    typer.echo(f"{len(bad)} of {count} cannot be read" if bad else f"all {count} can be read")
+    raise typer.Exit(1 if bad else 0)
