@@ -22,6 +22,8 @@ Places = dict[str, str]  # dotted path -> "file:line" or "command line"
 _PLACES = "_ldm_places"
 _MOST_KEYS = 100_000
 _OVERRIDE_FORM = "write it as a.b.c=value, for example training.steps=1000"
+#: The place of a value that `load` was told to assume.
+ASSUMED = "assumed"
 
 
 class ConfigError(ValueError):
@@ -77,7 +79,10 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def load(
-    path: str | os.PathLike, overrides: Sequence[str] = (), sections: Mapping[str, type] | None = None
+    path: str | os.PathLike,
+    overrides: Sequence[str] = (),
+    sections: Mapping[str, type] | None = None,
+    assumed: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Read a YAML file, merge `overrides` in, and resolve every interpolation.
 
@@ -87,9 +92,13 @@ def load(
     Args:
         path: the YAML file.
         overrides: `a.b.c=value`, the value written as in YAML; list items by index (`a.0.b` or `a[0].b`).
+            Where a mapping stands, `a.b=other.yaml` takes the same part of another configuration, whole.
         sections: dataclasses of plain sections by their dotted path ("" is the whole); a field that the YAML
             leaves out may then be overridden too. Keys directly below a target's params may always be given:
             `check` holds those against the signature, so that loading imports no model code.
+        assumed: by dotted path, values in the place of what is open (`???`) or refers to something that is
+            not there, for those who look at a configuration without running it. `places_of` then says
+            `ASSUMED`.
 
     Raises:
         ConfigError: no such file, not YAML, a key given twice, an override that fits nothing, an open `???`.
@@ -103,6 +112,7 @@ def load(
             problems.append(f"override '{override}': {error}")
     if problems:
         raise ConfigError(*problems)
+    _assume(tree, places, assumed or {})
     return _resolved(tree, places)
 
 
@@ -189,6 +199,31 @@ def _merge(under: Any, over: Any) -> Any:
     return under | {name: _merge(under.get(name), value) for name, value in over.items()}
 
 
+def _assume(tree: dict, places: Places, assumed: Mapping[str, Any]) -> None:
+    for path, value in assumed.items():
+        *above, name = parts_of(path)
+        node = _part(tree, above)
+        present = node.get(name) if isinstance(node, dict) else None
+        if present == "???" or (isinstance(present, str) and "${" in present and _leads_nowhere(tree, path)):
+            node[name], places[path] = value, ASSUMED
+
+
+def _leads_nowhere(tree: dict, path: str) -> bool:
+    try:
+        OmegaConf.select(OmegaConf.create(tree), path)
+    except OmegaConfBaseException:
+        return True
+    return False
+
+
+def _part(tree: dict, parts: Sequence[str]) -> Any:
+    """What stands at a path of mappings; None where nothing does."""
+    node: Any = tree
+    for part in parts:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
 def _resolved(tree: dict, places: Places) -> DictConfig:
     config = OmegaConf.create(tree)
     config.__dict__[_PLACES] = places
@@ -237,7 +272,8 @@ def _override(tree: dict, places: Places, override: str, sections: Mapping[str, 
     for i, part in enumerate(parts):
         found = _find(node, part, path, in_params, tree, sections)
         if i == len(parts) - 1:
-            node[found] = value
+            is_part = isinstance(node, dict) and isinstance(node.get(found), dict)
+            node[found] = _from_file(value, parts) if is_part and _names_file(value) else value
         elif isinstance(node, dict) and node.get(found) is None:
             node[found] = {}
         in_params = is_target(node) and found == "params"
@@ -245,6 +281,19 @@ def _override(tree: dict, places: Places, override: str, sections: Mapping[str, 
     for stale in [p for p in places if p == path or p.startswith(path + ".")]:
         del places[stale]
     places[path] = "command line"
+
+
+def _names_file(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
+
+
+def _from_file(file: str, parts: list[str]) -> dict:
+    """The same part of another configuration: `network=configs/diffusion/dit-b-f8.yaml`."""
+    other, _ = _read(Path(file), ())
+    part = _part(other, parts)
+    if not isinstance(part, dict):
+        raise ValueError(f"{file} has no {'.'.join(parts)} to take (it has: {', '.join(map(str, other))})")
+    return part
 
 
 def _find(

@@ -133,6 +133,14 @@ class LatentDiffusion(nn.Module):
         """z -> first-stage latent."""
         return z / self.latent_scale + self.latent_shift
 
+    def encode(self, image: Tensor):
+        """As the first stage's `encode`: its own latent, neither shifted nor scaled."""
+        return self.first_stage_model.encode(image)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """As the first stage's `decode_latent`, of a latent that is neither shifted nor scaled."""
+        return self.first_stage_model.decode_latent(latent)
+
     @torch.no_grad()
     def to_latent(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> z (B, c, h, w); `noise` samples the posterior, None takes its

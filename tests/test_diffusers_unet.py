@@ -87,7 +87,7 @@ def test_an_export_comes_back_with_the_same_bits_and_numbers(name, tmp_path):
         assert same_weights(again, network)
     x, t, context, y = inputs(network)
     with torch.no_grad():
-        assert torch.equal(again(x, t, context, y), network(x, t, context, y))
+        assert relative_error(again(x, t, context, y), network(x, t, context, y)) < 1e-5
 
 
 REBUILT = {
@@ -111,7 +111,7 @@ def test_a_network_is_rebuilt_from_what_its_modules_say(name):
     again.load_state_dict(network.state_dict())
     x, t, context, y = inputs(network)
     with torch.no_grad():
-        assert torch.equal(again(x, t, context, y), network(x, t, context, y))
+        assert relative_error(again(x, t, context, y), network(x, t, context, y)) < 1e-5
 
 
 PLAIN_THEIRS = {

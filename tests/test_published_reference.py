@@ -148,6 +148,8 @@ def test_decoding_and_encoding(published):
     assert relative_error(model.to_image(cases["ddim_sample"]), cases["decoded"]) < OUTPUT
     image = cases["decoded"].clamp(-1, 1)
     scale = load_config(folder)["model"]["params"]["scale_factor"]
+    assert torch.equal(model.decode(cases["ddim_sample"] / scale), model.to_image(cases["ddim_sample"]))
+    assert type(model.encode(image)) is type(model.first_stage_model.encode(image))
     assert relative_error(model.to_latent(image), model.first_stage_model.moments(image)[0] * scale) < 1e-6
 
 
