@@ -117,13 +117,13 @@ def test_fingerprint_follows_every_value():
 @pytest.fixture
 def sentinel(tmp_path, monkeypatch):
     """A module that would leave a trace if anything imported it."""
-    (tmp_path / "sentinel_module.py").write_text(
+    (tmp_path / "planted_sentinel_module.py").write_text(
         f"open({str(tmp_path / 'imported')!r}, 'w').close()\n"
         "class Model:\n    def __init__(self, **k): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path / "imported"
-    assert "sentinel_module" not in sys.modules
+    assert "planted_sentinel_module" not in sys.modules
     assert not (tmp_path / "imported").exists()
 
 
@@ -135,7 +135,7 @@ def nested(target: str) -> dict:
 
 
 FOREIGN = [
-    "sentinel_module.Model",
+    "planted_sentinel_module.Model",
     "os.system",
     "builtins.eval",
     "ldm.config.os.system",
