@@ -406,6 +406,14 @@ def change_tensors(file, edit):
     save_file(tensors, file)
 
 
+@pytest.mark.parametrize("scale", [None, [1.0], ["a", 1.0, 1.0]])
+def test_a_damaged_note_is_named(scale, exported):
+    _, folder = exported("kl-class-tokens")
+    change(folder / "ldm.json", latent_scale=scale)
+    with pytest.raises(CorruptCheckpoint, match="latent_scale"):
+        load_diffusers(folder)
+
+
 def test_missing_keys_of_the_conditioner_fail(exported):
     _, folder = exported("kl-class-tokens")
     change_tensors(folder / "conditioner" / "model.safetensors", lambda t: t.update(x=torch.zeros(1)))
@@ -450,8 +458,9 @@ def test_a_lone_part_of_an_export_is_read(exported):
     assert same_weights(load_diffusers(folder / "vae"), model.first_stage_model)
 
 
-def test_half_precision_is_kept_in_the_file(tmp_path):
-    model = build("vq-unconditional").to(torch.bfloat16)
+@pytest.mark.parametrize("name", ["vq-unconditional", "kl-class-vector-flow"])
+def test_half_precision_is_kept_in_the_file(name, tmp_path):
+    model = build(name).to(torch.bfloat16)
     save_diffusers(model, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}

@@ -290,7 +290,14 @@ class Server:
         self.codes: dict[int, int] = {}
         self._started: queue.Queue[int] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
-        atexit.register(self.process.kill)
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
     def _listen(self) -> None:
         for line in self.process.stdout:

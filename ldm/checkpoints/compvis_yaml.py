@@ -175,8 +175,9 @@ def _resolution(description: Mapping) -> int | None:
     """The resolution by which the first stage's config counted its levels, where it is known."""
     params = (description.get("model") or {}).get("params") or {}
     params = (params.get("first_stage") or {}).get("params") or params
-    found = (params.get("ddconfig") or {}).get("resolution")
-    return found or max(description.get("image_size") or [0]) or None
+    size = description.get("image_size")
+    side = max(size) if isinstance(size, list | tuple) else size
+    return (params.get("ddconfig") or {}).get("resolution") or side
 
 
 def _condition(model: LatentDiffusion, reasons: list[str]) -> tuple[str | None, Any]:

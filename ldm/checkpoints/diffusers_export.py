@@ -6,6 +6,7 @@ for (the conditioner, names of classes, exact shift and scale of the latents, de
 a note of our own, `ldm.json`, by which `ldm.load` gives back exactly what was written.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -51,7 +52,7 @@ def save_diffusers(model: nn.Module, folder: str | Path, description: Mapping | 
         NotExpressible: something that diffusers' classes do not have, all of it named; nothing is written.
         FileExistsError: there is something in the folder.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     description = dict(getattr(model, "description", None) or {} if description is None else description)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
@@ -80,16 +81,20 @@ def folder_configs(model: nn.Module, description: Mapping) -> dict[str, dict[str
     if isinstance(model, LatentDiffusion):
         configs = _model_configs(model, description)
     else:
-        size = description.get("image_size")
-        is_unet = isinstance(model, UNetModel)
-        part = diffusers_unet.unet_config(model) if is_unet else diffusers_autoencoder.first_stage_config(
-            model, max(size) if size else None
-        )  # fmt: skip
-        # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
-        configs = {CONFIG: part if is_unet else part | {"scaling_factor": 1.0}}
+        configs = {CONFIG: _part_config(model, description)}
     configs = {name: {**config, "_diffusers_version": DIFFUSERS_VERSION} for name, config in configs.items()}
     note = _note(model, description)
     return configs | ({NOTE: note} if note else {})
+
+
+def _part_config(model: nn.Module, description: Mapping) -> dict[str, Any]:
+    """The config of a UNet or a first stage alone."""
+    if isinstance(model, UNetModel):
+        return diffusers_unet.unet_config(model)
+    size = description.get("image_size")
+    side = max(size) if isinstance(size, list | tuple) else size
+    # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
+    return diffusers_autoencoder.first_stage_config(model, side) | {"scaling_factor": 1.0}
 
 
 def _note(model: nn.Module, description: Mapping) -> dict[str, Any] | None:
@@ -213,9 +218,10 @@ def has_class_table(model: LatentDiffusion) -> bool:
 def class_table(model: LatentDiffusion) -> Tensor | None:
     """What `has_class_table` models add to the time embedding, one row a class (the last: none); else None.
 
-    A function of the class alone, so a UNet2DModel with so many classes computes the same.
+    A function of the class alone, so a UNet2DModel with so many classes computes the same. In float32, then
+    rounded to the type of the weights.
     """
     if not has_class_table(model):
         return None
     rows = model.conditioner.embedders[0].embedding.weight
-    return model.network.label_emb(rows).to(rows.dtype)
+    return copy.deepcopy(model.network.label_emb).float()(rows.float()).to(rows.dtype)

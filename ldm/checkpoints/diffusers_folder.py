@@ -17,7 +17,7 @@ from ldm.checkpoints.diffusers_export import CONDITIONER, CONFIG, INDEX, NOTE, N
 from ldm.checkpoints.diffusers_names import from_diffusers
 from ldm.checkpoints.diffusers_part import part_tensors, part_tree, prefixed, shapes_of, weights_file
 from ldm.checkpoints.diffusers_pipeline import fresh_description, load_pipeline
-from ldm.checkpoints.errors import CheckpointError
+from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint
 from ldm.checkpoints.reading import read_weights
 from ldm.checkpoints.strict import load_strict
 from ldm.checkpoints.unfilled import build_unfilled
@@ -25,7 +25,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
 
 _TABLE = "class_embedding.weight"
-_TABLE_TOLERANCE = 1e-4  # of its largest entry; it was computed elsewhere, perhaps in another precision
+_TABLE_TOLERANCE = 1e-4  # of its largest entry: it was computed elsewhere
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -88,7 +88,13 @@ def _fill_noted(folder: Path, model: LatentDiffusion, note: Mapping, ema: bool) 
     """Every parameter and buffer of a model from the files that `save_diffusers` wrote."""
     tensors: dict[str, Tensor] = {}
     for name in ("latent_shift", "latent_scale"):
-        tensors[name] = torch.tensor(note[name], dtype=torch.float32).reshape(getattr(model, name).shape)
+        try:
+            values = torch.tensor(note[name], dtype=torch.float32)
+            tensors[name] = values.reshape(getattr(model, name).shape)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CorruptCheckpoint(
+                str(folder / NOTE), f"its {name} is no list of numbers: {error}"
+            ) from error
     conditioner = read_weights(folder / CONDITIONER).tensors if (folder / CONDITIONER).is_file() else {}
     labels = {n.removeprefix(TABLE_PREFIX): t for n, t in conditioner.items() if n.startswith(TABLE_PREFIX)}
     tensors |= prefixed(
@@ -115,7 +121,8 @@ def _check_table(table: Tensor | None, model: LatentDiffusion, where: str) -> No
     expected = diffusers_export.class_table(model)
     if table is None or table.shape != expected.shape:
         raise CheckpointError(where, f"{_TABLE} is missing or no table of {tuple(expected.shape)}")
-    if (table.float() - expected.float()).abs().max() > _TABLE_TOLERANCE * expected.float().abs().max():
+    tolerance = max(_TABLE_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
+    if (table.float() - expected.float()).abs().max() > tolerance * expected.float().abs().max():
         raise CheckpointError(
             where, f"{_TABLE} was changed after the export; the layers in {CONDITIONER} say something else"
         )

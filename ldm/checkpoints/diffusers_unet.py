@@ -81,10 +81,6 @@ def _common_reasons(unet: UNetModel, arguments: dict) -> tuple[list[bool], list[
     if arguments["dims"] != 2:
         reasons.append(f"dims is {arguments['dims']}, not 2")
     if arguments["attn_type"] != "attention":
-        reasons.append(
-            f"attn_type is {arguments['attn_type']}; diffusers' UNets have their own attention only"
-        )
-    if arguments["attn_type"] != "attention":
         reasons.append(f"attn_type is {arguments['attn_type']}; diffusers has multi-head attention only")
     if arguments["n_embed"] is not None:
         reasons.append("it predicts codebook entries (n_embed)")

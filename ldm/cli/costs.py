@@ -160,7 +160,12 @@ class Meter:
         """`loss.backward()`; what runs in it belongs to no row."""
         self._backward = True
         try:
-            loss.backward()
+            # What `loss.backward()` calls; that itself would hide the functions of recomputed blocks.
+            engine = torch.autograd.Variable._execution_engine
+            start = (torch.ones_like(loss),)
+            engine.run_backward(
+                (loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
         finally:
             self._backward = False
 

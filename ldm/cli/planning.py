@@ -1,6 +1,6 @@
 """From a training config to what the run would need, without data, weights or a GPU.
 
-One step of the run is measured on the meta device, with one image and with two; the rest is arithmetic.
+One step of the run is measured on the meta device, with two images and with three; the rest is arithmetic.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ class Plan:
     run: Any
     request: PlanRequest
     work: Work
-    cost: Cost
+    cost: Cost  # of one image
     memory: "Memory"
     half: bool
 
@@ -62,14 +62,14 @@ class Memory:
     """Bytes on a GPU, as a function of the images that it works through at once.
 
     Every operation of the step leaves a number of bytes alive that is linear in the batch, so two
-    measurements give the peak at any batch.
+    measurements give the peak at any batch. (A batch of one is not among them: its reshapes copy less.)
     """
 
     weights: int
     optimizer: int
     average: int
-    one: Tensor  # float64, bytes alive after every operation with one image
-    two: Tensor  # with two
+    two: Tensor  # float64, bytes alive after every operation with two images
+    three: Tensor  # with three
 
     @property
     def resident(self) -> int:
@@ -77,7 +77,7 @@ class Memory:
 
     def step(self, batch: int) -> float:
         """The peak of activations, gradients and copies in a step."""
-        return float((self.one + (batch - 1) * (self.two - self.one)).max())
+        return float((self.two + (batch - 2) * (self.three - self.two)).max())
 
     def total(self, batch: int) -> float:
         return (self.resident + self.step(batch)) * GAPS + CONTEXT_BYTES
@@ -110,8 +110,8 @@ def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | 
         for parameter in work.trained:
             parameter.grad = torch.empty_like(parameter)
     depth = work.depth if request.depth is None else request.depth
-    costs = [measure(work, batch, half, depth) for batch in (1, 2)]
-    return Plan(run, request, work, costs[0], _memory(run, work, *costs), half)
+    costs = [measure(work, batch, half, depth) for batch in (2, 3)]
+    return Plan(run, request, work, _of_one_image(*costs), _memory(run, work, *costs), half)
 
 
 def measure(work: Work, batch: int, half: bool, depth: int) -> Cost:
@@ -125,16 +125,24 @@ def measure(work: Work, batch: int, half: bool, depth: int) -> Cost:
     return meter.cost
 
 
-def _memory(run, work: Work, one: Cost, two: Cost) -> Memory:
+def _of_one_image(two: Cost, three: Cost) -> Cost:
+    layers = [
+        replace(b, flops=b.flops - a.flops, saved=b.saved - a.saved)
+        for a, b in zip(two.layers, three.layers, strict=True)
+    ]
+    return Cost(three.flops - two.flops, layers)
+
+
+def _memory(run, work: Work, two: Cost, three: Cost) -> Memory:
     trained = sum(p.numel() for p in work.trained)
     averaged = sum(p.numel() for p in work.averaged) if run.training.ema is not None else 0
     weights = {id(t): t for part in work.parts.values() for t in (*part.parameters(), *part.buffers())}
     # The gradients of the parts before, and those that processes exchange.
     several = run.training.devices not in (1, "auto")
     gradients = trained * FLOAT * ((run.training.accumulate > 1) + several)
-    live = [one.live, two.live]
-    if len(one.live) != len(two.live):  # the step depends on the batch: go by the peaks alone
-        live = [[one.peak], [two.peak]]
+    live = [two.live, three.live]
+    if len(two.live) != len(three.live):  # the step depends on the batch: go by the peaks alone
+        live = [[two.peak], [three.peak]]
     return Memory(
         sum(t.numel() * t.element_size() for t in weights.values()),
         2 * trained * FLOAT,

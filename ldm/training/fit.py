@@ -3,7 +3,6 @@
 import logging
 import signal
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -28,17 +27,11 @@ def fit(cfg, run: RunConfig) -> Path | None:
     folder, config = RunFolder(run.folder), complete(cfg, run)
     if not trainer.is_global_zero:
         logging.getLogger("ldm").setLevel(logging.WARNING)
-    with folder.held() if trainer.is_global_zero else nullcontext():
-        state = folder.find(config) if trainer.is_global_zero else folder.newest_state()
-        if state is None or state["step"] < run.training.steps:
-            _fit(cfg, run, folder, config, state, trainer, interruption)
-        elif trainer.is_global_zero:
-            folder.finish(state)
-            log.info(
-                "%s is complete: step %d of %d. A larger training.steps continues it.",
-                *(folder.path, state["step"], run.training.steps),
-            )
-    return folder.path if trainer.is_global_zero else None
+        _fit(cfg, run, folder, config, trainer, interruption)
+        return None
+    with folder.held():
+        _fit(cfg, run, folder, config, trainer, interruption)
+    return folder.path
 
 
 def _fit(
@@ -46,18 +39,23 @@ def _fit(
     run: RunConfig,
     folder: RunFolder,
     config: Mapping,
-    state: dict | None,
     trainer: pl.Trainer,
     interruption: Interruption,
 ) -> None:
+    """What each process does; `config` is the complete one, for the folder."""
+    writes = trainer.is_global_zero
+    state = folder.find(config) if writes else folder.newest_state()
+    if state is not None and state["step"] >= run.training.steps:
+        _finish(run, folder, state, writes)
+        return
     stage = build_stage(run, cfg, trainer.strategy.root_device, resuming=state is not None)
     task = stage.task
     if state is not None:
         task.resume_from(state)
         _tell_resumed(run, folder, stage, state)
-    del state
+        del state
     logs = None
-    if trainer.is_global_zero:
+    if writes:
         folder.prepare(config)
         if stage.keep is not None:
             stage.keep(folder.path)
@@ -67,8 +65,21 @@ def _fit(
         compile_blocks(task)
     trainer.callbacks.extend(_callbacks(run, stage, folder, logs))
     try:
+        _step_until_done(run, stage, folder, trainer, interruption)
+    finally:
+        if logs is not None:
+            logs.close()
+    if interruption.asked is not None and task.step < run.training.steps and writes:
+        raise KeyboardInterrupt(f"stopped at step {task.step}; the same command continues {folder.path}")
+
+
+def _step_until_done(
+    run: RunConfig, stage: Stage, folder: RunFolder, trainer: pl.Trainer, interruption: Interruption
+) -> None:
+    data = TrainingData(stage, run.training, run.seed, stage.task.step)
+    try:
         with interruption:
-            trainer.fit(task, datamodule=TrainingData(stage, run.training, run.seed, task.step))
+            trainer.fit(stage.task, datamodule=data)
     except SystemExit as stop:  # what Lightning makes of a KeyboardInterrupt
         if interruption.asked is None:
             raise
@@ -76,11 +87,17 @@ def _fit(
     except BaseException:
         _end_others(trainer)
         raise
-    finally:
-        if logs is not None:
-            logs.close()
-    if interruption.asked is not None and task.step < run.training.steps and trainer.is_global_zero:
-        raise KeyboardInterrupt(f"stopped at step {task.step}; the same command continues {folder.path}")
+
+
+def _finish(run: RunConfig, folder: RunFolder, state: Mapping, writes: bool) -> None:
+    """A run without a step left to take."""
+    if not writes:
+        return
+    folder.finish(state)
+    log.info(
+        "%s is complete: step %d of %d. A larger training.steps continues it.",
+        *(folder.path, state["step"], run.training.steps),
+    )
 
 
 def _callbacks(run: RunConfig, stage: Stage, folder: RunFolder, logs: RunLogs | None) -> list[pl.Callback]:

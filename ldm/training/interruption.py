@@ -29,7 +29,7 @@ class Interruption(pl.Callback):
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def _ask(self, number, frame) -> None:
