@@ -45,6 +45,8 @@ def attend(
         mask = _broadcast_mask(mask, query, key)
         if causal:
             mask = mask & mask.new_ones(query.shape[2], key.shape[2]).tril()
+    # Fused kernels want the channels innermost; otherwise the weights of all pairs would be written out.
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None
     )

@@ -1,4 +1,6 @@
-"""What makes networks fast without changing what they compute: memory layout and compilation."""
+"""What makes networks fast without changing what they compute: memory and its layout, compilation."""
+
+import ctypes
 
 import torch
 from torch import nn
@@ -18,6 +20,21 @@ def channels_last(module: nn.Module) -> nn.Module:
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return module
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a step on the CPU frees for the next step; does nothing where there is no glibc.
+
+    Otherwise it gives the memory of all activations back after each step and gets it again page by page: 4 %
+    of the quickstart's time.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    for parameter in (trim_threshold, mmap_threshold):
+        mallopt(parameter, 1 << 30)
 
 
 def compile_blocks(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from ldm.data import PositionSampler, make_loader
 from ldm.training.interruption import own_signals
+from ldm.training.networks import keep_freed_memory
 from ldm.training.run_config import AutoencoderRun, RunConfig
 from ldm.training.settings import TrainingSettings
 from ldm.training.stages import Stage
@@ -96,6 +97,8 @@ def make_trainer(run: RunConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
     if gpu:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
     trainer = pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
