@@ -48,14 +48,14 @@ T = TypeVar("T")
 
 def check(
     config: DictConfig | Mapping,
-    allow_foreign: bool = False,
+    allow_foreign: bool | Collection[str] = False,
     provided: Mapping[str, Collection[str]] | None = None,
 ) -> None:
     """Hold every `target` and its params against the code, nested ones and those in lists too.
 
     Args:
         config: from `load`, or a part of it, or a plain mapping.
-        allow_foreign: also import targets outside `ldm` (only for a YAML that the user named).
+        allow_foreign: also import targets outside `ldm` (only for a YAML that the user named): all, or these.
         provided: by the dotted path of a part, the parameters that `instantiate` will get from the program.
 
     Raises:
@@ -68,7 +68,9 @@ def check(
         raise ConfigError(*problems)
 
 
-def _check(node: Any, path: str, places: Places, allow_foreign: bool, provided: Mapping) -> Iterator[str]:
+def _check(
+    node: Any, path: str, places: Places, allow_foreign: bool | Collection[str], provided: Mapping
+) -> Iterator[str]:
     if isinstance(node, dict):
         if is_target(node):
             yield from _check_part(node, path, places, allow_foreign, provided.get(path, ()))
@@ -80,7 +82,7 @@ def _check(node: Any, path: str, places: Places, allow_foreign: bool, provided: 
 
 
 def _check_part(
-    node: dict, path: str, places: Places, allow_foreign: bool, provided: Collection[str]
+    node: dict, path: str, places: Places, allow_foreign: bool | Collection[str], provided: Collection[str]
 ) -> Iterator[str]:
     """One mapping with a `target`, without the targets nested in it."""
     for name in node:
@@ -118,7 +120,7 @@ def _check_params(
         yield f"{locate(places, join(path, 'params'))}: {target} also needs {', '.join(missing)}"
 
 
-def _resolve(target: Any, allow_foreign: bool) -> Any:
+def _resolve(target: Any, allow_foreign: bool | Collection[str]) -> Any:
     if not isinstance(target, str):
         raise ValueError(f"expected a dotted path, got {target!r}")
     return signatures.resolve_target(target, allow_foreign)
@@ -172,7 +174,9 @@ def _fill(values: Any, kind: type[T], path: str, places: Places) -> T:
         raise ConfigError(f"{locate(places, path)}: {error}") from error
 
 
-def instantiate(config: DictConfig | Mapping, /, *, allow_foreign: bool = False, **extra: Any) -> Any:
+def instantiate(
+    config: DictConfig | Mapping, /, *, allow_foreign: bool | Collection[str] = False, **extra: Any
+) -> Any:
     """Build what a `target` names from its params, nested targets first; `extra` goes to the outermost only.
 
     Plain mappings and lists among the params are handed over as dict and list.
@@ -188,7 +192,9 @@ def instantiate(config: DictConfig | Mapping, /, *, allow_foreign: bool = False,
     return _build(node, path, places, allow_foreign, extra)
 
 
-def _build(node: Any, path: str, places: Places, allow_foreign: bool, extra: Mapping[str, Any]) -> Any:
+def _build(
+    node: Any, path: str, places: Places, allow_foreign: bool | Collection[str], extra: Mapping[str, Any]
+) -> Any:
     if isinstance(node, list):
         return [_build(item, join(path, i), places, allow_foreign, {}) for i, item in enumerate(node)]
     if not isinstance(node, dict):

@@ -56,12 +56,12 @@ def is_package_path(target: str) -> bool:
     return target.split(".")[0] == PACKAGE
 
 
-def resolve_target(target: str, allow_foreign: bool = False) -> Any:
+def resolve_target(target: str, allow_foreign: bool | Collection[str] = False) -> Any:
     """The class (or, outside `ldm`, the callable) that a dotted path names.
 
     Inside `ldm` a target is a class that `ldm` itself defines: a path may not walk through a module to what
     that module imported (`ldm.config.os.system`), nor to functions, some of which write files. Anything else
-    is imported only with `allow_foreign`.
+    is imported only with `allow_foreign`: True, or the targets that are trusted.
 
     Raises:
         ValueError: the path is no such thing; says where it broke off and the nearest right name.
@@ -69,9 +69,12 @@ def resolve_target(target: str, allow_foreign: bool = False) -> Any:
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and not part.startswith("_") for part in parts):
         raise ValueError(f"target '{target}' is not a dotted path such as ldm.models.unet.UNetModel")
+    if not isinstance(allow_foreign, bool):
+        allow_foreign = target in allow_foreign
     if not is_package_path(target) and not allow_foreign:
         raise ValueError(
-            f"target '{target}' is outside ldm; such code runs only from a YAML named on the command line"
+            f"target '{target}' is outside ldm; such code runs only where a YAML that you name has it too "
+            "(for a file of weights: --config YAML, config=... in Python)"
         )
     if not allow_foreign:
         _refuse_tools(target, target)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ldm.checkpoints import compvis_export, diffusers_folder, native, published
 from ldm.checkpoints.errors import CheckpointError
+from ldm.checkpoints.trust import is_run_config, trusted_targets
 from ldm.signatures import nearest
 
 _LISTED = 8
@@ -29,7 +30,8 @@ def load(
             pipeline or one of its parts); or, with `config`, a checkpoint of
             the original latent diffusion, Stable Diffusion, sgm or OpenAI's diffusion projects.
         config: the YAML of the original project, unchanged (see `ldm.checkpoints.published`), or one of this
-            toolkit, for a file that does not describe its model itself.
+            toolkit, for a file that does not describe its model itself. For a model trained here that has
+            classes of yours, the training config: what this names outside `ldm` is then imported.
         ema: take the averaged weights where there are any; False takes the raw ones.
         device, dtype: where the model goes and, if given, the type of its floating-point parameters.
 
@@ -41,10 +43,13 @@ def load(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(_not_found(path))
+    trusted: frozenset[str] = frozenset()
+    if config is not None and is_run_config(config):
+        config, trusted = None, trusted_targets(config)
     if config is not None:
         model = published.load_published(path, config, ema, dtype)
     elif native.is_run_folder(path):
-        model = native.load_run(path, ema)
+        model = native.load_run(path, ema, trusted)
     elif diffusers_folder.is_diffusers_folder(path):
         model = diffusers_folder.load_diffusers(path, ema)
     elif path.is_dir():
@@ -54,12 +59,12 @@ def load(
             raise CheckpointError(
                 str(path), "holds weights, but no description of their model" + _published(path)
             )
-        model = native.load_model(path)
+        model = native.load_model(path, trusted)
         if not ema and model.description.get("weights") == "ema":
             raise CheckpointError(str(path), "holds averaged (EMA) weights only" + _raw_weights(path))
     else:
         try:
-            model = native.load_training(path, ema)
+            model = native.load_training(path, ema, trusted)
         except CheckpointError as error:
             if compvis_export.is_exported(path):
                 model = compvis_export.load_exported(path, ema)

@@ -12,7 +12,7 @@ A description is plain data:
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ldm import config as configuration
 from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from ldm.checkpoints.reading import read_weights
 from ldm.checkpoints.strict import load_strict
+from ldm.checkpoints.trust import targets_of
 from ldm.checkpoints.writing import write_atomically, write_safetensors
 
 FORMAT = "ldm/1"
@@ -35,25 +36,27 @@ _ROOMS = ("ldm.conditioning", "ldm.diffusion", "ldm.latent_diffusion", "ldm.mode
 _TRAINING_KEYS = ("description", "ema", "model", "step")
 
 
-def build(description: Mapping, where: str) -> nn.Module:
+def build(description: Mapping, where: str, trusted: Collection[str] = ()) -> nn.Module:
     """The model of a description, with fresh weights, in eval mode.
 
     Only models and their parts inside `ldm` are built, and nothing else is imported: a file must not be able
-    to name other code.
+    to name other code. `trusted` are targets elsewhere that the user's own YAML has.
 
     Raises:
         CheckpointError: another format, or no description of a model.
         ConfigError: targets and params that this version does not have, or does not allow.
     """
     _check_description(description, where)
-    outside = sorted({t for t in _targets(description["model"]) if t.startswith("ldm.") and not _in_rooms(t)})
+    outside = sorted(
+        {t for t in targets_of(description["model"]) if t.startswith("ldm.") and not _in_rooms(t)}
+    )
     if outside:
         raise CheckpointError(
             where, f"asks for {', '.join(outside)}, which is no part of a model; nothing was built"
         )
     tree = configuration.loads(json.dumps({"model": description["model"]}), origin=where)
-    configuration.check(tree, allow_foreign=False)
-    model = configuration.instantiate(tree.model)
+    configuration.check(tree, allow_foreign=trusted)
+    model = configuration.instantiate(tree.model, allow_foreign=trusted)
     if not isinstance(model, nn.Module):
         raise CheckpointError(where, f"describes a {type(model).__name__}, which is no model")
     return model.eval()
@@ -87,15 +90,6 @@ def _check_format(given: Any, where: str) -> None:
     raise UnsupportedCheckpoint(where, f"{what}. This version reads {FORMAT}")
 
 
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        if isinstance(node.get("target"), str):
-            yield node["target"]
-        node = list(node.values())
-    for item in node if isinstance(node, list) else ():
-        yield from _targets(item)
-
-
 def _in_rooms(target: str) -> bool:
     return any(target.startswith(f"{room}.") for room in _ROOMS)
 
@@ -127,7 +121,7 @@ def read_description(path: Path) -> dict | None:
         raise CorruptCheckpoint(str(path), f"its description is no JSON: {error}") from error
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path, trusted: Collection[str] = ()) -> nn.Module:
     """The model in a `model.safetensors` of ours, strictly."""
     description = read_description(path)
     if description is None:
@@ -135,7 +129,7 @@ def load_model(path: Path) -> nn.Module:
             str(path),
             f"holds weights, but no description of their model; {MODEL_FILE} of a run folder has one",
         )
-    model = build(description, str(path))
+    model = build(description, str(path), trusted)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     load_strict(model, tensors, where=str(path))
@@ -185,12 +179,12 @@ def _explain(path: Path) -> None:
         ) from error
 
 
-def load_training(path: Path, ema: bool = True) -> nn.Module:
+def load_training(path: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:
     """The model in a training checkpoint, with its EMA weights where it has them and `ema` asks for them."""
     state = read_training(path)
     averaged = state["ema"] if ema else {}
     description = dict(state["description"], weights="ema" if averaged else "raw", step=state["step"])
-    model = build(description, str(path))
+    model = build(description, str(path), trusted)
     load_strict(model, {**state["model"], **averaged}, where=str(path))
     return describe(model, description)
 
@@ -205,7 +199,7 @@ def is_run_folder(path: Path) -> bool:
     return path.is_dir() and ((path / MODEL_FILE).exists() or (path / "checkpoints").is_dir())
 
 
-def load_run(run: Path, ema: bool = True) -> nn.Module:
+def load_run(run: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:
     """The model of a run folder: its `model.safetensors`, or for raw weights its newest checkpoint.
 
     Raises:
@@ -213,13 +207,13 @@ def load_run(run: Path, ema: bool = True) -> nn.Module:
     """
     exported, checkpoint = run / MODEL_FILE, newest_training(run)
     if exported.exists() and (ema or (checkpoint is None and _holds_raw(exported))):
-        return load_model(exported)
+        return load_model(exported, trusted)
     if checkpoint is None:
         what = (
             "holds averaged (EMA) weights only" if exported.exists() else "has no weights yet: train it first"
         )
         raise CheckpointError(str(run), what)
-    return load_training(checkpoint, ema)
+    return load_training(checkpoint, ema, trusted)
 
 
 def _holds_raw(path: Path) -> bool:

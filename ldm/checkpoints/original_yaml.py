@@ -134,7 +134,7 @@ def read_original(config: str | Path | Mapping) -> Original:
     Raises:
         ConfigError: no such file, not YAML, no model in it, or an interpolation that leads nowhere.
     """
-    tree, origin = _tree(config)
+    tree, origin = read_tree(config)
     reading = Reading(origin)
     if "model" in tree:
         path, keys = "model", ("model",)
@@ -168,7 +168,12 @@ def read_original(config: str | Path | Mapping) -> Original:
     return Original(Part(node, path, reading), diffusion, reading)
 
 
-def _tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
+def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
+    """A YAML's content as it stands, interpolations unresolved, and what to call it in messages.
+
+    Raises:
+        ConfigError: no such file, or it is no YAML with a mapping.
+    """
     if isinstance(config, Mapping | DictConfig):
         return OmegaConf.create(config) if isinstance(config, Mapping) else config, "the config"
     path = Path(config)

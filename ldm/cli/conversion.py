@@ -36,7 +36,7 @@ def convert(
     if taken and (to == "diffusers" or not overwrite):
         hint = "choose another folder" if to == "diffusers" else "choose another DST, or say --overwrite"
         raise FileExistsError(f"{taken[0]} exists already; {hint}")
-    model = load(source, ema=ema, **({} if config is None else {"config": config}))
+    model = load(source, config, ema)
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "native":
         save_native(model, target, str(source))

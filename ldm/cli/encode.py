@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import FILES, MACHINE, Device, Ema, Model, Overwrite, Precision, Verbose
+from ldm.cli.options import FILES, MACHINE, Config, Device, Ema, Model, Overwrite, Precision, Verbose
 
 _WORST = 5
 
@@ -34,6 +34,7 @@ def command(
             help="Side to which the centre of each image is resized; a multiple of the downsampling factor.",
         ),
     ] = None,
+    config: Config = None,
     ema: Ema = True,
     latents: Annotated[
         bool,
@@ -92,6 +93,7 @@ def command(
         size=size,
         batch_size=batch_size,
         workers=workers,
+        config=config,
         ema=ema,
         latents=latents,
         grid=grid,

@@ -146,6 +146,7 @@ def encode_images(
     size: int | None = None,
     batch_size: int = 16,
     workers: int | None = None,
+    config: Path | None = None,
     ema: bool = True,
     latents: bool = False,
     grid: bool = True,
@@ -165,7 +166,7 @@ def encode_images(
     folder, paths, unreadable = find_images(images)
     if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
         raise ValueError(f"--out {out} lies inside {images}, whose images would then include the results")
-    model = load(source, ema=ema)
+    model = load(source, config, ema=ema)
     first_stage = first_stage_of(source, model)
     size = image_side(source, model, first_stage, size)
     first_stage = arranged(first_stage.to(target), target)

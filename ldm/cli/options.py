@@ -23,6 +23,16 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="YAML",
+        help="For a checkpoint of another project, its YAML; for a model with classes of yours, the YAML "
+        "that it was trained with.",
+        show_default=False,
+    ),
+]
 Ema = Annotated[
     bool,
     typer.Option(

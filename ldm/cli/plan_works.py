@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from ldm import config as configuration
 from ldm import signatures
 from ldm.checkpoints import native
+from ldm.checkpoints.original_yaml import read_original
+from ldm.checkpoints.published import build_empty, translate
+from ldm.checkpoints.trust import is_run_config
 from ldm.cli.costs import Meter
 from ldm.config_file import ASSUMED, places_of
 from ldm.losses import AutoencoderLoss
@@ -184,7 +187,7 @@ def _diffusion_work(cfg, run, request: PlanRequest) -> Work:
     _filled(cfg, request, notes)
     size, channels = _of_data(cfg, "size", request.size), _of_data(cfg, "channels")
     network = configuration.instantiate(cfg.network, allow_foreign=True)
-    first_stage = _first_stage(run.first_stage, request, notes)
+    first_stage = _first_stage(run.first_stage, run.first_stage_config, request, notes)
     if first_stage is not None:
         first_stage.requires_grad_(False)
         latent_channels, factor = first_stage.latent_channels, first_stage.downsampling_factor
@@ -220,10 +223,14 @@ def _diffusion_work(cfg, run, request: PlanRequest) -> Work:
     return Work(parts, {"": network}, trained, trained, step, shape, notes=notes)
 
 
-def _first_stage(source: str | None, request: PlanRequest, notes: list[str]) -> nn.Module | None:
+def _first_stage(
+    source: str | None, config: str | None, request: PlanRequest, notes: list[str]
+) -> nn.Module | None:
     """The autoencoder of a run folder, of a file or of an autoencoder's YAML, without its weights."""
     if source is None:
         return None
+    if config is not None:
+        return _planned_first_stage(Path(config))
     path = Path(source)
     if not path.exists() and (planned := _config_of_run(path.name, request.config)) is not None:
         notes.append(f"first_stage {source} does not exist yet; it is planned as {planned} describes it")
@@ -249,6 +256,9 @@ def _first_stage(source: str | None, request: PlanRequest, notes: list[str]) -> 
 def _planned_first_stage(path: Path) -> nn.Module:
     from ldm.training.run_config import load_run
 
+    if path.is_file() and not is_run_config(path):
+        model = build_empty(translate(read_original(path)))
+        return getattr(model, "first_stage_model", model)
     cfg, run = load_run(path, assumed=assumed_values(PlanRequest()))
     if run.task != "autoencoder":
         raise ValueError(f"first_stage {path} is the config of a {run.task} run, not of an autoencoder")

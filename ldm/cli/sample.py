@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import FILES, MACHINE, Device, Ema, Model, Overwrite, Precision, Verbose
+from ldm.cli.options import FILES, MACHINE, Config, Device, Ema, Model, Overwrite, Precision, Verbose
 
 _WHAT, _HOW = "What to draw", "How to draw it"
 _OWN = "the model's own"
@@ -42,6 +42,7 @@ def command(
             help="Image i depends on the seed, i and its class alone.",
         ),
     ] = 0,
+    config: Config = None,
     ema: Ema = True,
     sampler: Annotated[
         str | None,
@@ -155,6 +156,7 @@ def command(
         model,
         request,
         out,
+        config=config,
         ema=ema,
         grid=grid,
         npz=npz,

@@ -147,6 +147,7 @@ def write_samples(
     request: SampleRequest,
     out: Path,
     *,
+    config: Path | None = None,
     ema: bool = True,
     grid: bool = True,
     npz: bool = False,
@@ -165,7 +166,7 @@ def write_samples(
     """
     target = pick_device(device)
     context = autocast(precision, target)
-    model = load(source, ema=ema, device=target)
+    model = load(source, config, ema=ema, device=target)
     if not isinstance(model, LatentDiffusion):
         what = "a first stage" if hasattr(model, "decode_latent") else "a part of a model"
         raise ValueError(

@@ -7,14 +7,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ldm import config as configuration
-from ldm.checkpoints import load, native
-from ldm.checkpoints.strict import load_strict
+from ldm.checkpoints import native
 from ldm.data import SequentialBatches, make_loader
 from ldm.data.grid import image_grid
 from ldm.training.classifier import ClassifierTask
 from ldm.training.networks import channels_last
 from ldm.training.run_config import ClassifierRun, fill_classes
-from ldm.training.stages import Stage, build_data, identity_of
+from ldm.training.stages import Stage, build_data, identity_of, start_from
 
 _MOST_MEASURED = 2000  # images among which the mistakes are looked for
 
@@ -30,7 +29,7 @@ def classifier_stage(run: ClassifierRun, cfg, resuming: bool) -> Stage:
     model = channels_last(configuration.instantiate(cfg.model, allow_foreign=True)).train()
     _check_model(model, train)
     if run.init_from is not None and not resuming:
-        load_strict(model, load(run.init_from).state_dict(), where=run.init_from)
+        start_from(model, run.init_from, cfg)
     description = {
         "format": native.FORMAT,
         "model": configuration.to_plain(cfg.model),

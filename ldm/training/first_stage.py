@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ldm.checkpoints import load, native
+from ldm.checkpoints.trust import is_run_config
 from ldm.data import LatentCache, measure_latents
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
@@ -40,12 +41,14 @@ def find_first_stage(run: DiffusionRun, resuming: bool) -> Path | None:
     return given
 
 
-def load_first_stage(source: Path | None, channels: int) -> tuple[nn.Module, dict]:
-    """The frozen autoencoder and its part {target, params} of the description."""
+def load_first_stage(source: Path | None, channels: int, config: str | None = None) -> tuple[nn.Module, dict]:
+    """The frozen autoencoder and its part {target, params} of the description; `config` as for `ldm.load`."""
     if source is None:
         part = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {"channels": channels}}
         return IdentityFirstStage(channels).eval(), part
-    model = load(source)
+    if config is not None and source.name == FILE and not is_run_config(config):
+        config = None  # the run's own copy of a published one, which describes itself
+    model = load(source, config)
     description = getattr(model, "description", {})
     part = description.get("model")
     log.info("first stage: %s, step %s", source, description.get("step") or "unknown")

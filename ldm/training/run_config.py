@@ -66,6 +66,8 @@ class DiffusionRun(RunConfig):
     """Second stage.
 
     first_stage: run folder (or file) of the trained autoencoder; null diffuses pixels.
+    first_stage_config: its YAML, for a file that does not describe itself (of another project) and for an
+        autoencoder with classes of yours.
     network, denoiser, objective: target and params.
     conditioner: likewise, or null for an unconditional model.
     cache: encode the data once and train from the latents; false encodes every batch anew.
@@ -78,6 +80,7 @@ class DiffusionRun(RunConfig):
     """
 
     first_stage: str | None
+    first_stage_config: str | None = None
     network: dict
     denoiser: dict
     objective: dict

@@ -115,9 +115,9 @@ def identity_of(train: Dataset) -> dict:
     return {"images": len(train), "fingerprint": train.fingerprint()}
 
 
-def _start_from(model: nn.Module, path: str) -> nn.Module:
-    load_strict(model, load(path).state_dict(), where=path)
-    return model
+def start_from(model: nn.Module, path: str, cfg) -> None:
+    """Fill a model with the weights of another run; what this run's config names may be in that one too."""
+    load_strict(model, load(path, configuration.to_plain(cfg)).state_dict(), where=path)
 
 
 def autoencoder_stage(run: AutoencoderRun, cfg, resuming: bool) -> Stage:
@@ -128,7 +128,7 @@ def autoencoder_stage(run: AutoencoderRun, cfg, resuming: bool) -> Stage:
     _check_images(model, train)
     _check_discriminator(loss, train)
     if run.init_from is not None and not resuming:
-        _start_from(model, run.init_from)
+        start_from(model, run.init_from, cfg)
     description = {
         "format": native.FORMAT,
         "model": configuration.to_plain(cfg.model),
@@ -181,7 +181,7 @@ def diffusion_stage(
 ) -> Stage:
     source = find_first_stage(run, resuming)
     train, validation = build_data(run, cfg)
-    first_stage, first_stage_part = load_first_stage(source, train.channels)
+    first_stage, first_stage_part = load_first_stage(source, train.channels, run.first_stage_config)
     _check_images(first_stage, train)
     fill_classes(cfg, train.classes)
     size = [train.size, train.size]
@@ -195,7 +195,7 @@ def diffusion_stage(
     draw = Samples(run.sampling, run.logging.images, train.classes, run.seed)
     draw.rehearse(model)
     if run.init_from is not None and not resuming:
-        _start_from_diffusion(model, run.init_from)
+        _start_from_diffusion(model, run.init_from, cfg)
     params = {name: configuration.to_plain(cfg.get(name)) for name in PARTS}
     description = {
         "format": native.FORMAT,
@@ -230,10 +230,10 @@ def _build_model(run: DiffusionRun, cfg, first_stage: nn.Module, size: list[int]
     return channels_last(LatentDiffusion(first_stage, image_size=size, **parts))
 
 
-def _start_from_diffusion(model: LatentDiffusion, path: str) -> None:
+def _start_from_diffusion(model: LatentDiffusion, path: str, cfg) -> None:
     """Weights of another run, which must have been trained in the same latents."""
     wanted = native.fingerprint(model.first_stage_model.state_dict())
-    _start_from(model, path)
+    start_from(model, path, cfg)
     if native.fingerprint(model.first_stage_model.state_dict()) != wanted:
         raise ValueError(
             f"init_from {path} was trained in the latents of another first stage than first_stage; give the "

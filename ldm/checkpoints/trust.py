@@ -1,0 +1,48 @@
+"""Code outside `ldm` that a file of weights may ask for: what the user's own YAML names, and nothing else.
+
+A model with classes of one's own says in its file how it is built, but a file cannot be believed. A training
+config that the user hands over beside it can: the targets in it are his.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ldm.checkpoints.original_yaml import read_tree
+
+
+def is_run_config(config: str | Path | Mapping) -> bool:
+    """Whether this is the YAML of a training run, a file or its content, not that of another project.
+
+    Raises:
+        ConfigError: no such file, or it is no YAML.
+    """
+    tree, _ = read_tree(config)
+    return "task" in tree or "base" in tree
+
+
+def trusted_targets(config: str | Path | Mapping) -> frozenset[str]:
+    """All targets in a training config, in its base, and in the first stage's config where it names one.
+
+    Raises:
+        ConfigError: a file that is not there, or is no YAML.
+    """
+    tree, _ = read_tree(config)
+    found = frozenset(targets_of(OmegaConf.to_container(tree, resolve=False)))
+    if isinstance(config, str | Path) and isinstance(tree.get("base"), str):
+        found |= trusted_targets(Path(config).parent / tree["base"])
+    if isinstance(tree.get("first_stage_config"), str):
+        found |= trusted_targets(tree["first_stage_config"])
+    return found
+
+
+def targets_of(node: Any) -> Iterator[str]:
+    """Every `target` in a tree of plain data."""
+    if isinstance(node, Mapping):
+        if isinstance(node.get("target"), str):
+            yield node["target"]
+        node = list(node.values())
+    for item in node if isinstance(node, list) else ():
+        yield from targets_of(item)
