@@ -39,11 +39,12 @@ OVERRIDES = (
     f"{NETWORK}.resolution=64",
     f"{NETWORK}.in_channels=3",
     f"{NETWORK}.out_ch=3",
-    f"{NETWORK}.ch=32",
-    f"{NETWORK}.ch_mult=[1,1,2]",
+    f"{NETWORK}.ch=16",
+    f"{NETWORK}.ch_mult=[1,2,4]",
     f"{NETWORK}.attn_resolutions=[16]",
     f"training.batch_size={BATCH}",
     "training.optimizer.lr=1e-3",
+    "training.ema=null",  # such short runs have no past to average
 )
 
 

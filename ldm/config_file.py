@@ -21,6 +21,7 @@ Places = dict[str, str]  # dotted path -> "file:line" or "command line"
 # Kept beside a DictConfig's content; a copied configuration only loses its line numbers.
 _PLACES = "_ldm_places"
 _MOST_KEYS = 100_000
+_LISTED = 12  # names of files in a message
 _OVERRIDE_FORM = "write it as a.b.c=value, for example training.steps=1000"
 #: The place of a value that `load` was told to assume.
 ASSUMED = "assumed"
@@ -139,6 +140,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict, Places]:
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         listing = f"; {path.parent} has {', '.join(beside)}" if beside else ""
         raise ConfigError(f"{path}: no such file{did_you_mean(path.name, beside) or listing}") from None
+    except IsADirectoryError:
+        inside = sorted(str(p.relative_to(path)) for p in [*path.glob("*.y*ml"), *path.glob("*/*.y*ml")])
+        listing = f"one of its files: {', '.join(inside[:_LISTED])}" if inside else "a YAML file"
+        raise ConfigError(f"{path} is a folder; give {listing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a YAML file ({error})") from error
     tree, places = _parse(text, str(path))
@@ -237,11 +242,18 @@ def _resolved(tree: dict, places: Places) -> DictConfig:
         try:
             OmegaConf.select(config, path)
         except OmegaConfBaseException as error:
-            problems.append(f"{locate(places, path)}: {_reason(error)}")
+            problems += _said_by_resolver(error) or [f"{locate(places, path)}: {_reason(error)}"]
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*dict.fromkeys(problems))
     OmegaConf.resolve(config)
     return config
+
+
+def _said_by_resolver(error: BaseException | None) -> list[str]:
+    """The problems of a ConfigError that a resolver of ours raised, which OmegaConf wraps in its own."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return [] if error is None else error.problems
 
 
 def _error_path(error: OmegaConfBaseException) -> str:

@@ -1,16 +1,17 @@
 """`LatentDiffusion`: first stage + conditioner + network + denoiser, and sampling from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ldm.conditioning import Conditioner
+from ldm.conditioning.conditioner import KINDS
 from ldm.diffusion import samplers
-from ldm.diffusion.denoiser import Clipped, Denoiser
+from ldm.diffusion.denoiser import Clipped, Denoise, Denoiser
 from ldm.diffusion.guidance import ClassifierFreeGuidance
 from ldm.diffusion.random import normal
-from ldm.diffusion.schedule import DiscreteSchedule
+from ldm.diffusion.schedule import DiscreteSchedule, FlowSchedule
 
 # From here up, Karras' spacing spends its steps on noise alone (a cosine schedule, a zero terminal SNR).
 _KARRAS_BELOW = 200.0
@@ -20,7 +21,8 @@ class DiffusionWrapper(nn.Module):
     """Hands conditions to the network, and has it under the name that published checkpoints use.
 
     `crossattn` goes to the network as `context`, `vector` as `y`, and `concat` is joined to the noisy latent
-    along the channels.
+    along the channels. What a network in half precision takes and gives is converted here, so that samplers
+    and latents keep theirs.
     """
 
     def __init__(self, network: nn.Module):
@@ -35,8 +37,20 @@ class DiffusionWrapper(nn.Module):
         vector: Tensor | None = None,
         concat: Tensor | None = None,
     ) -> Tensor:
-        z = z if concat is None else torch.cat([z, concat.to(z.dtype)], dim=1)
-        return self.diffusion_model(z, t, context=crossattn, y=vector)
+        dtype = _computing_type(self.diffusion_model, z)
+        given = z if concat is None else torch.cat([z, concat.to(z.dtype)], dim=1)
+        crossattn, vector = (
+            c.to(dtype) if c is not None and c.is_floating_point() else c for c in (crossattn, vector)
+        )
+        raw = self.diffusion_model(given.to(dtype), t, context=crossattn, y=vector)
+        return raw if dtype == z.dtype else raw.to(z.dtype)
+
+
+def _computing_type(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The type in which a module wants its input: its weights'; under autocast, or without weights, x's."""
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
 
 
 class LatentDiffusion(nn.Module):
@@ -141,28 +155,42 @@ class LatentDiffusion(nn.Module):
         """As the first stage's `decode_latent`, of a latent that is neither shifted nor scaled."""
         return self.first_stage_model.decode_latent(latent)
 
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """As the first stage's `moments`, in the image's type whatever the type of the weights."""
+        dtype = _computing_type(self.first_stage_model, image)
+        mean, std = self.first_stage_model.moments(image.to(dtype))
+        return (mean, std) if dtype == image.dtype else (mean.to(image.dtype), std.to(image.dtype))
+
     @torch.no_grad()
     def to_latent(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> z (B, c, h, w); `noise` samples the posterior, None takes its
         mean.
         """
-        mean, std = self.first_stage_model.moments(image)
+        mean, std = self.moments(image)
         return self.normalize(mean if noise is None else mean + std * noise)
 
     @torch.no_grad()
     def to_image(self, z: Tensor) -> Tensor:
         """z (B, c, h, w) -> images (B, C, H, W), about [-1, 1], not clamped."""
-        return self.first_stage_model.decode_latent(self.denormalize(z))
+        latent = self.denormalize(z)
+        dtype = _computing_type(self.first_stage_model, latent)
+        image = self.first_stage_model.decode_latent(latent.to(dtype))
+        return image if dtype == latent.dtype else image.to(latent.dtype)
 
     def predict(self, z_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Raw output of the network at noisy latents (B, c, h, w) and network times (B,)."""
+        """Raw output of the network at noisy latents (B, c, h, w) and network times (B,).
+
+        Raises:
+            ValueError: `cond` is not what `conditioner` makes.
+        """
+        check_conditions(cond, "cond")
         return self.model(z_t, t, **(cond or {}))
 
     def forward(
         self, z_t: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None
     ) -> Tensor:
         """As `predict`, called as the network itself is called."""
-        return self.network(z_t, t, context=context, y=y)
+        return self.model(z_t, t, crossattn=context, vector=y)
 
     def denoise_fn(
         self,
@@ -181,6 +209,22 @@ class LatentDiffusion(nn.Module):
         return Clipped(guided) if self.clip_x0 else guided
 
 
+def check_conditions(cond: object, name: str) -> None:
+    """Hold a condition against what the network's wrapper takes.
+
+    Raises:
+        ValueError: no mapping of kinds to tensors.
+    """
+    if cond is None:
+        return
+    how = f"{name} must be what model.conditioner(batch) makes, a dict with tensors under {', '.join(KINDS)}"
+    if not isinstance(cond, Mapping):
+        raise ValueError(f"{how}; got a {type(cond).__name__}")
+    wrong = [str(kind) for kind, value in cond.items() if kind not in KINDS or not torch.is_tensor(value)]
+    if wrong:
+        raise ValueError(f"{how}; got {', '.join(wrong)}")
+
+
 def default_spacing(schedule, sampler: str) -> str | None:
     """How the steps of a sampler are spaced where nobody says; None for a schedule with one spacing.
 
@@ -197,11 +241,27 @@ def default_spacing(schedule, sampler: str) -> str | None:
 
 
 def sampling_sigmas(
-    denoiser: Denoiser, steps: int, spacing: str | None = None, sampler: str = "euler"
+    denoiser: Denoiser,
+    steps: int,
+    spacing: str | None = None,
+    sampler: str = "euler",
+    shift: float | None = None,
 ) -> Tensor:
-    """The sigmas that a sampler walks, (steps + 1,), at this spacing or at the default one."""
+    """The sigmas that a sampler walks, (steps + 1,), at this spacing or at the default one.
+
+    Raises:
+        ValueError: what the schedule refuses; a `shift` of a schedule that has none.
+    """
     spacing = spacing or default_spacing(denoiser.schedule, sampler)
-    return denoiser.schedule.sigmas(steps, **({"spacing": spacing} if spacing else {}))
+    options = {"spacing": spacing} if spacing else {}
+    if shift is not None:
+        if not isinstance(denoiser.schedule, FlowSchedule):
+            raise ValueError(
+                f"shift {shift:g} belongs to flow models (FlowSchedule); this one has a "
+                f"{type(denoiser.schedule).__name__}, whose steps `spacing` places"
+            )
+        options["shift"] = shift
+    return denoiser.schedule.sigmas(steps, **options)
 
 
 @torch.no_grad()
@@ -218,7 +278,9 @@ def sample(
     seed: int = 0,
     *,
     spacing: str | None = None,
+    shift: float | None = None,
     interval: tuple[float, float] | None = None,
+    steer: Callable[[Denoise], Denoise] | None = None,
     first_index: int = 0,
     latent_shape: tuple[int, int, int] | None = None,
     sigmas: Tensor | None = None,
@@ -241,7 +303,11 @@ def sample(
         eta: randomness of ddim, 0 none, 1 that of DDPM; other samplers refuse it.
         spacing: how the steps are spaced, see the schedule's `sigmas`; None is the model's own
             (`sampler_defaults`), else `default_spacing`. `sigmas` gives them outright.
+        shift: moves the steps of a flow model towards noise, see `ldm.diffusion.schedule.shift_time`; None is
+            the schedule's own, 1.
         interval: (low, high), guide where low < sigma <= high only.
+        steer: makes another denoise function of this one, which the sampler then follows; for guidance by a
+            classifier `lambda denoise: ClassifierGuidance(denoise, classifier, labels, ...)`.
         latent_shape: (c, h, w) where it differs from the model's own.
         callback: `callback(i, x, x0, sigma)` in every step.
         options: handed to the sampler. A learned variance is used by ddpm unless its `variance` says
@@ -251,6 +317,10 @@ def sample(
         ValueError: unknown sampler or spacing, counts that contradict each other, guidance without a
             condition.
     """
+    if not isinstance(model, LatentDiffusion):
+        raise ValueError(f"a LatentDiffusion can be sampled, not a {type(model).__name__} alone")
+    check_conditions(cond, "cond")
+    check_conditions(uncond, "uncond")
     n = _count(n, cond, noise)
     if sampler not in samplers.SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; there are {', '.join(samplers.SAMPLERS)}")
@@ -273,8 +343,9 @@ def sample(
     if guidance != 1.0 and uncond is None and cond:
         uncond = model.conditioner.unconditional(n, device)
     denoise = model.denoise_fn(cond, uncond, guidance, interval)
+    denoise = denoise if steer is None else steer(denoise)
     if sigmas is None:
-        sigmas = sampling_sigmas(model.denoiser, steps, spacing or own_spacing, sampler)
+        sigmas = sampling_sigmas(model.denoiser, steps, spacing or own_spacing, sampler, shift)
     noises = _Noises(seed, first_index, n, shape, device)
     x = noises.start() if noise is None else noise.to(device)
     x = model.denoiser.schedule.start(x, sigmas[0])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent / "reference"
+
+#: By test, what `relative_error` found at most; `--largest-errors` prints it.
+LARGEST_ERRORS: dict[str, float] = {}
 
 _spec = importlib.util.spec_from_file_location("reference_fill", ROOT / "fill.py")
 _fill = importlib.util.module_from_spec(_spec)
@@ -33,4 +37,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {tuple(actual.shape)} is not {tuple(expected.shape)}")
     difference = (actual.double() - expected.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp_min(1e-12)).item()
+    error = (difference / expected.double().abs().max().clamp_min(1e-12)).item()
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
+    LARGEST_ERRORS[test] = max(error, LARGEST_ERRORS.get(test, 0.0))
+    return error

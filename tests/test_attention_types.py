@@ -151,6 +151,40 @@ def test_a_config_reaches_kind_and_options():
         configuration.check({"network": wrong})
 
 
+@pytest.mark.parametrize("build, loss_of", [(autoencoder, reconstruction_loss), (unet, denoising_loss)])
+@pytest.mark.parametrize("parts", ["channel", "spatial"])
+def test_a_half_of_cbam_by_config(build, loss_of, parts):
+    torch.manual_seed(0)
+    model = moved_off_zero(build("cbam", attn_options={"parts": parts, "reduction": 2}))
+    names = {name.split(".")[-3] for name, _ in model.named_parameters() if "attention." in name}
+    assert names == {f"{parts}attention"}
+    loss_of(model).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    if build is unet:
+        again = UNetModel(**unet_arguments(model))
+        assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("attn_type", ["vanilla", "linear", "se", "cbam", "eca"])
+def test_attention_stands_at_the_resolution_asked_for_alone(attn_type):
+    def places(model: nn.Module) -> list[str]:
+        return [name for name, module in model.named_modules() if type(module) is KINDS[attn_type]]
+
+    dd = dict(z_channels=4, resolution=32, in_channels=3, out_ch=3, ch=16, ch_mult=[1, 1, 2],
+              num_res_blocks=1, attn_type=attn_type, num_groups=4)  # fmt: skip
+    found = places(AutoencoderKL({**dd, "attn_resolutions": [16]}, embed_dim=4))
+    assert sorted(found) == [
+        *("decoder.mid.attn_1", "decoder.up.1.attn.0", "decoder.up.1.attn.1"),
+        *("encoder.down.1.attn.0", "encoder.mid.attn_1"),
+    ]
+    # Levels 1, 2 and 4 times smaller, with one residual block each: input blocks 1, 3 and 5.
+    found = places(unet(attn_type, channel_mult=[1, 1, 2], attention_resolutions=[1, 4]))
+    assert found == [
+        *("input_blocks.1.1", "input_blocks.5.1", "middle_block.1"),
+        *("output_blocks.0.1", "output_blocks.1.1", "output_blocks.4.1", "output_blocks.5.1"),
+    ]
+
+
 def test_the_arguments_can_be_read_off_the_network():
     model = unet("cbam", attn_options={"reduction": 4})
     again = UNetModel(**unet_arguments(model))

@@ -69,6 +69,19 @@ def test_cbam_weighs_channels_before_places():
     assert torch.allclose(layer(x), h * torch.sigmoid(by_place), atol=1e-12)
 
 
+def test_one_half_of_cbam_alone():
+    x = torch.randn(2, 8, 4, 6)
+    channel, spatial = CBAM(8, reduction=2, parts="channel"), CBAM(8, kernel_size=3, parts="spatial")
+    assert list(channel.state_dict()) == ["channelattention.fc1.weight", "channelattention.fc2.weight"]
+    assert list(spatial.state_dict()) == ["spatialattention.conv1.weight"]
+    assert torch.equal(channel(x), x * channel.channelattention(x))
+    assert torch.equal(spatial(x), x * spatial.spatialattention(x))
+    both = CBAM(8, reduction=2, kernel_size=3)
+    both.load_state_dict({**channel.state_dict(), **spatial.state_dict()})
+    assert torch.equal(both(x), spatial(channel(x)))
+    CBAM(8, reduction=16, parts="spatial")  # a reduction that no layer uses
+
+
 def test_eca_couples_neighbouring_channels_only():
     layer = EfficientChannelAttention(64)
     x = torch.randn(1, 64, 2, 2)
@@ -100,6 +113,7 @@ def test_eca_kernel_size_follows_gamma_and_b():
         (lambda: SqueezeExcitation(8, reduction=16), "8 channels; allowed: 1 to 8"),
         (lambda: CBAM(8, reduction=0), "reduction=0"),
         (lambda: SpatialAttention(kernel_size=4), "odd"),
+        (lambda: CBAM(32, parts="places"), "'places' does not exist; there are: both, channel, spatial"),
         (lambda: eca_kernel_size(0), "channels=0"),
         (lambda: eca_kernel_size(8, gamma=0), "gamma=0"),
     ],

@@ -74,7 +74,7 @@ def test_a_real_process(runs, images, tmp_path):
     assert "dogs/bad.png: UnidentifiedImageError" in result.err
     assert "dogs/empty.jpg: empty file (0 bytes)" in result.err
     assert "error: no reconstruction of 2 images, see above" in result.err
-    assert "ignored 1 files of other kinds (.txt 1)" in result.err
+    assert "ignored 1 file of another kind (.txt 1)" in result.err
     out = tmp_path / "out"
     assert files(out) == sorted(
         [*(f"reconstructions/{name}" for name in WRITTEN), "figures.csv", "grid.png", "latents.safetensors"]

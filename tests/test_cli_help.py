@@ -39,7 +39,9 @@ def test_version_and_unknown_verbs():
 PAGES = {
     "train": ["CONFIG", "KEY=VALUE", "--print-config", "--dry-run", "--verbose", "runs/<name>"],
     "sample": [
+        *("[OPTIONS] MODEL", "--shift"),
         *("MODEL", "--n", "--classes", "--seed", "--sampler", "--steps", "--guidance", "--eta", "--spacing"),
+        *("--image", "each image with each class"),
         *(
             "--ema",
             "--no-ema",

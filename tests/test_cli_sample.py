@@ -1,5 +1,6 @@
 """`sample.py`: what is drawn depends on the request alone, and every mistake is told in its own terms."""
 
+import errno
 import json
 import os
 import re
@@ -20,9 +21,11 @@ from tiny_runs import CLASSES, EPS, class_embedder, description, first_stage_des
 import ldm
 from ldm.cli import sampling
 from ldm.cli.classes import choose_labels, parse_classes, safe_name
-from ldm.cli.files import NpzWriter, prepare_folder, write_png
+from ldm.cli.conditions import choose
+from ldm.cli.files import CannotWrite, NpzWriter, prepare_folder, whole_file, write_png
 from ldm.cli.sampling import SampleRequest, draw, group_size
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.latent_diffusion import sampling_sigmas
 
 __all__ = ["cli"]
 
@@ -182,7 +185,7 @@ def test_exactness_does_not_rest_on_luck(runs):
 
     def drawn(n, batch_size, exact=None, classes=None):
         request = SampleRequest(n=n, batch_size=batch_size, exact=exact, classes=classes)
-        return torch.cat(list(draw(model, request, choose_labels(model, classes, n))))
+        return torch.cat(list(draw(model, request, choose(model, n, classes))))
 
     whole = drawn(20, 64)
     assert len(whole) == 20
@@ -195,7 +198,7 @@ def test_exactness_does_not_rest_on_luck(runs):
 def test_without_exact_only_rounding_changes(runs):
     model = ldm.load(runs / "eps")
     drawn = [
-        torch.cat(list(draw(model, SampleRequest(n=6, batch_size=size, exact=exact), [0, 1, 2, 0, 1, 2])))
+        torch.cat(list(draw(model, SampleRequest(n=6, batch_size=size, exact=exact), choose(model, 6))))
         for size, exact in ((1, False), (4, False), (64, True))
     ]
     for other in drawn[1:]:
@@ -236,7 +239,7 @@ def test_request_goes_before_the_models_own(runs):
         "spacing": "quad",
     }
     own = SampleRequest().settings(model)
-    assert own == model.description["sampling"]
+    assert own == model.description["sampling"] | {"shift": None}
     assert SampleRequest(steps=9, guidance=0.0).settings(model) == own | {"steps": 9, "guidance": 0.0}
     # Noise and spacing were meant for the model's own sampler.
     other = SampleRequest(sampler="heun").settings(model)
@@ -341,8 +344,10 @@ def test_half_precision(runs, tmp_path, cli):
         ("flow", ("--device", "tpu"), 1, "--device tpu is no device"),
         ("flow", ("--device", "meta"), 1, "--device meta is not supported"),
         ("flow", ("--precision", "8"), 1, "--precision 8 is unknown; there are auto, 32, bf16, fp16"),
-        ("flow", ("--n", "0"), 2, "--n"),
-        ("flow", ("--steps", "many"), 2, "Invalid value for '--steps'"),
+        ("flow", ("--steps", "many"), 2, "Invalid value for '--steps': must be a whole number, got 'many'"),
+        ("flow", ("--n", "0"), 2, "Invalid value for '--n': must be at least 1, got '0'"),
+        ("flow", ("--shift", "0"), 1, "a finite shift above 0"),
+        ("eps", ("--shift", "2"), 1, "shift 2 belongs to flow models"),
         ("flow", ("--seed", "-1"), 2, "--seed"),
         ("flow", ("--batch-size", "0"), 2, "--batch-size"),
         ("flow", ("--smapler", "ddim"), 2, "--sampler"),
@@ -407,6 +412,26 @@ def test_verbose_shows_the_traceback_of_a_mistake(runs, tmp_path, cli):
         cli("sample", runs / "flow", "--sampler", "x", "--verbose", "--out", tmp_path)
 
 
+def test_shift_moves_the_steps_of_a_flow_model(runs, tmp_path, cli):
+    model = ldm.load(runs / "flow")
+    sigmas = sampling_sigmas(model.denoiser, 4, shift=3.0)
+    t = torch.linspace(1, 0, 5, dtype=torch.float64)
+    moved = 3 * t / (1 + 2 * t)  # SD3, eq. 23
+    torch.testing.assert_close(sigmas[1:], (moved / (1 - moved))[1:])
+    assert torch.equal(sampling_sigmas(model.denoiser, 4), sampling_sigmas(model.denoiser, 4, shift=1.0))
+
+    drawn = {}
+    for shift in ((), ("--shift", 1), ("--shift", 3)):
+        out = tmp_path / str(len(drawn))
+        assert cli("sample", runs / "flow", "--n", 1, "--steps", 4, "--out", out, *shift).status == 0
+        drawn[shift] = pixels(out / "00000-cat.png").tobytes()
+    assert drawn[()] == drawn["--shift", 1] != drawn["--shift", 3]
+    assert facts(out / "00000-cat.png")["shift"] == 3
+    model.description["sampling"]["shift"] = 3.0
+    own = SampleRequest(steps=4).settings(model)
+    assert own["shift"] == 3 and SampleRequest(shift=1.0).settings(model)["shift"] == 1
+
+
 # Files
 
 
@@ -433,6 +458,51 @@ def test_out_must_be_a_folder(runs, tmp_path, cli):
     assert "Not a directory" in result.err
     (tmp_path / "out" / "grid.png").mkdir(parents=True)
     assert "is a folder" in cli("sample", runs / "flow", "--out", tmp_path / "out", "--overwrite").err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs limits of the system")
+def test_full_disk(runs, tmp_path):
+    """A file may have 10000 bytes: that holds each PNG, not all images together."""
+    script = (
+        "import resource, sys; from ldm.cli import run_verb;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.RLIM_INFINITY));"
+        f"run_verb('sample', ['{runs / 'flow'}', '--n', '40', '--npz', '--out', 'out',"
+        "'--no-exact', '--batch-size', '2'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment()
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written and all(re.fullmatch(r"0.*[.]png", name) for name in written)
+    said = done.stderr.splitlines()[-1]
+    assert said == (
+        "error: cannot write out/samples.npz (File too large); free some space, and give the same command "
+        f"again. {len(written)} of 40 images are in out, each of them whole. --overwrite replaces them"
+    )
+
+
+def test_errors_of_writing_name_the_file(tmp_path, monkeypatch):
+    def fails(number, name=None):
+        def opened(*args, **kwargs):
+            raise OSError(number, os.strerror(number), name)
+
+        return opened
+
+    target = tmp_path / "a.png"
+    for number, remedy in ((errno.EROFS, "choose another folder"), (errno.ENOSPC, "free some space")):
+        with monkeypatch.context() as patched:
+            patched.setattr("builtins.open", fails(number, str(tmp_path / ".a.png.partial")))
+            with pytest.raises(
+                CannotWrite, match=rf"cannot write .*/a.png \({os.strerror(number)}\); {remedy}"
+            ):
+                write_png(target, np.zeros((2, 2), np.uint8))
+    with pytest.raises(FileNotFoundError, match="elsewhere"), whole_file(target):  # no matter of this file
+        (tmp_path / "elsewhere").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.mkdir", fails(errno.EROFS))
+        with pytest.raises(CannotWrite, match="--out .*new .Read-only file system.; choose another --out"):
+            prepare_folder(tmp_path / "new", ["a"], False)
 
 
 def test_interruption_leaves_whole_images(runs, tmp_path):
@@ -572,8 +642,8 @@ def test_names_of_classes_that_are_unknown(runs):
 def test_other_conditions_are_not_guessed(runs):
     model = ldm.load(runs / "flow")
     model.conditioner.embedders[0].key = "caption"
-    with pytest.raises(ValueError, match="conditioned on caption; this command knows classes only"):
-        choose_labels(model, None, 2)
+    with pytest.raises(ValueError, match="conditioned on caption; this command knows classes and images"):
+        choose(model, 2)
 
 
 def test_unknown_settings_of_the_model(runs):

@@ -5,7 +5,7 @@ import torch
 from reference_data import filled, noise, relative_error
 from torch.nn import functional as F
 
-from ldm.models.dit import DIT_SIZES, DiT
+from ldm.models.dit import DIT_SIZES, DiT, DiTBlock
 from ldm.nn.patch import rotary_positions, sincos_positions
 from ldm.nn.timestep import timestep_embedding
 
@@ -143,6 +143,61 @@ def test_is_the_papers_network():
     x = x.double()
     expected = written_out(model.state_dict(), x, t, cond["y"], 2, 4, 2)
     assert torch.allclose(model(x, t, **cond), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("context", [False, True])
+def test_a_modern_block_is_its_equations(context):
+    """RMSNorm, QK-norm, rotary positions, SwiGLU and attention to a context, from a state dict alone."""
+    torch.manual_seed(0)
+    dim, heads, width = 24, 2, 5
+    block = DiTBlock(dim, heads, 4.0, width if context else None, "rms", "swiglu", True, 0.0).double()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.3)
+    state = block.state_dict()
+    x, c, tokens = (torch.randn(2, *shape).double() for shape in ((6, dim), (dim,), (3, width)))
+    rotary = rotary_positions(dim // heads, (2, 3)).double()
+
+    def linear(name, h):
+        return h @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def rms(name, h):
+        return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{name}.weight"]
+
+    def attention(q, k, v, turn=None):
+        q, k, v = (h.unflatten(-1, (heads, -1)).transpose(1, 2) for h in (q, k, v))
+        if turn is not None:
+            q, k = turn(rms("attn.q_norm", q)), turn(rms("attn.k_norm", k))
+        logits = q @ k.mT / math.sqrt(q.shape[-1])
+        weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    def turn(h):
+        cos, sin = rotary
+        even, odd = h[..., ::2], h[..., 1::2]
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+    vectors = linear("adaLN_modulation.1", F.silu(c))[:, None].chunk(6, dim=-1)
+    h = rms("norm1", x) * (1 + vectors[1]) + vectors[0]
+    expected = x + vectors[2] * linear("attn.proj", attention(*linear("attn.qkv", h).chunk(3, -1), turn))
+    if context:
+        h = F.layer_norm(expected, (dim,), state["norm_cross.weight"], state["norm_cross.bias"], 1e-6)
+        q, k, v = (linear(f"cross_attn.{n}_proj", s) for n, s in (("q", h), ("k", tokens), ("v", tokens)))
+        expected = expected + linear("cross_attn.out_proj", attention(q, k, v))
+    h = rms("norm2", expected) * (1 + vectors[4]) + vectors[3]
+    gate, value = linear("mlp.w12", h).chunk(2, dim=-1)
+    expected = expected + vectors[5] * linear("mlp.w3", gate * torch.sigmoid(gate) * value)
+    assert torch.allclose(block(x, c, tokens if context else None, rotary), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["everything", "class and context", "sit", "in context"])
+@pytest.mark.parametrize("size", [(8, 8), (12, 8)])
+def test_compiles_whole(variant, size):
+    """No branch depends on values, so nothing breaks the graph."""
+    model = filled_model(**VARIANTS[variant])
+    x, t, cond = inputs(model, size=size)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, t, **cond), model(x, t, **cond), atol=1e-5)
 
 
 def test_equals_the_published_implementations():

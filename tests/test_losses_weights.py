@@ -144,7 +144,7 @@ def test_a_bad_answer_leaves_nothing_behind(server, folder, path, message):
     with pytest.raises(WeightsError, match=message) as caught:
         find_weights(weight_file(server + path), timeout=0.3)
     assert list(folder.iterdir()) == []
-    for way_out in ("LDM_WEIGHTS", "some_path", str(folder / "some.pth"), "efficientnet", "perceptual: null"):
+    for way_out in ("LDM_WEIGHTS", "some_path", str(folder / "some.pth"), "efficientnet", "perceptual=null"):
         assert way_out in str(caught.value)
 
 
@@ -258,7 +258,7 @@ def test_the_objective_takes_the_paths_and_says_what_is_missing(files, monkeypat
     monkeypatch.setattr("ldm.losses.lpips.VGG16", offline)
     with pytest.raises(ValueError, match="vgg16-397923af.pth .528 MB. is not on this machine") as caught:
         AutoencoderLoss(lpips_path=directory / "heads.pth", disc_factor=0.0)
-    assert "vgg_path: /path/to/file" in str(caught.value)
+    assert "loss.params.vgg_path=/path/to/vgg16-397923af.pth" in str(caught.value)
 
 
 def test_the_heads_come_with_the_lpips_package():

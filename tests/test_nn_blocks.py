@@ -250,6 +250,23 @@ def test_attention_block_formula(spatial, new_order):
     close(block(x), x + out.reshape(x.shape))
 
 
+@pytest.mark.parametrize("heads", [1, 7])
+@pytest.mark.parametrize("new_order", [False, True])
+def test_attention_block_of_an_odd_width_is_softmax_attention(heads, new_order):
+    """From the norm to the residual without any of our attention: each head's rows of q, k, v by hand."""
+    block = fill(AttentionBlock(7, num_heads=heads, use_new_attention_order=new_order, num_groups=1))
+    x, d = randn("x", 2, 7, 3, 5), 7 // heads
+    h = F.group_norm(x, 1, block.norm.weight, block.norm.bias, 1e-5).flatten(2)
+    qkv = F.conv1d(h, block.qkv.weight, block.qkv.bias)
+    parts = []
+    for head in range(heads):
+        rows = [i * 7 + head * d if new_order else (3 * head + i) * d for i in range(3)]
+        q, k, v = (qkv[:, row : row + d].transpose(1, 2) for row in rows)
+        parts.append(torch.stack([softmax_attention(*one).T for one in zip(q, k, v, strict=True)]))
+    out = F.conv1d(torch.cat(parts, dim=1), block.proj_out.weight, block.proj_out.bias)
+    close(block(x), x + out.reshape(x.shape))
+
+
 def test_attention_block_starts_as_identity_and_counts_heads():
     x = torch.randn(1, 8, 3, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(AttentionBlock(8, num_groups=4)(x), x)

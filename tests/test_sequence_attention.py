@@ -142,6 +142,64 @@ def test_layers_are_the_formula(length, masked):
     assert torch.allclose(vit(x, mask=mask), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("qk_norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_vit_attention_with_rotary_positions_is_the_formula(length, qk_norm, masked):
+    torch.manual_seed(0)
+    count = math.prod(length)
+    layer, x = ViTAttention(24, 3, qk_norm=qk_norm).double(), torch.randn(2, count, 24).double()
+    rotary = rotary_positions(8, length).double()
+    mask = random_mask(2, count, count) if masked else None
+    q, k, v = (heads_of(part, 3) for part in layer.qkv(x).split(24, dim=-1))
+
+    def turned(h):
+        """Each pair of channels as a complex number, times exp(i angle)."""
+        return torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (4, 2))) * turns).flatten(-2)
+
+    turns = torch.complex(*rotary)
+    q, k = turned(layer.q_norm(q).contiguous()), turned(layer.k_norm(k).contiguous())
+    expected = layer.proj(written_out(q, k, v, None if mask is None else mask[:, None]))
+    assert torch.allclose(layer(x, rotary, mask), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(dtype, causal):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 4, 4, dtype=torch.bool)
+    mask[0, 1] = False
+    out = attend(q, k, v, mask, causal=causal)
+    out.float().square().sum().backward()
+    assert not out[0, 1].any() and out[0, 2:].any(-1).all() and out[1].any(-1).all()
+    assert all(t.grad.isfinite().all() for t in (q, k, v)) and not q.grad[0, :, 1].any()
+
+
+COMPILED = {
+    "self": (lambda: SelfAttention(12, 4, 5), {"mask"}),
+    "multi-head": (lambda: MultiHeadAttention(12, 3), {"mask"}),
+    "fused": (lambda: FusedSelfAttention(12, 3), {"mask", "causal"}),
+    "context": (lambda: ContextAttention(12, 5, 3), {"context"}),
+    "vit": (lambda: ViTAttention(12, 3, qk_norm="rms"), {"mask", "rotary"}),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_layers_compile_whole(name):
+    """No branch depends on values, so nothing breaks the graph."""
+    torch.manual_seed(0)
+    build, wanted = COMPILED[name]
+    options = {
+        "mask": random_mask(2, 6, 6), "causal": True, "context": torch.randn(2, 4, 5),
+        "rotary": rotary_positions(4, (2, 3)),
+    }  # fmt: skip
+    layer, x = build(), torch.randn(2, 6, 12)
+    options = {option: value for option, value in options.items() if option in wanted}
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, **options), layer(x, **options), atol=1e-6)
+
+
 def test_heads_of_one_sequence_may_have_their_own_masks():
     torch.manual_seed(0)
     layer, x = MultiHeadAttention(8, 2).double(), torch.randn(3, 4, 8).double()

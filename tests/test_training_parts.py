@@ -185,7 +185,12 @@ def test_bad_steps_in_a_row_end_the_run_whichever_optimizer_has_them():
             assert all(torch.equal(a, b) for a, b in zip(before, task.first.parameters(), strict=True))
         if step < 5:
             task.check_finite()  # two in a row, then a good one, then two
-    with pytest.raises(Diverged, match="not finite in the last 3 steps .now at step 6."):
+    with pytest.raises(Diverged, match="not finite in the last 3 steps .now at step 6.") as caught:
+        task.check_finite()
+    assert "training.max_bad_steps is 3" in str(caught.value)
+    assert str(caught.value).endswith("Lower training.optimizer.lr")  # in float32 already
+    trainer.precision = "bf16-mixed"
+    with pytest.raises(Diverged, match="or set training.precision=32$"):
         task.check_finite()
     assert all(p.isfinite().all() for p in task.parameters())
     assert task.state()["bad_steps"] == 3
@@ -401,7 +406,7 @@ def test_num_classes_auto_is_filled_from_the_data():
 
 @pytest.mark.parametrize("classes", [None, []])
 def test_num_classes_auto_without_classes_is_an_error(classes):
-    with pytest.raises(ValueError, match="one a class; for a model without classes set conditioner=null"):
+    with pytest.raises(ValueError, match="one a class; take configs/diffusion/uncond-unet-f8.yaml"):
         fill_classes({"params": {"num_classes": "auto"}}, classes)
     fill_classes({"params": {"num_classes": 10}}, classes)
 

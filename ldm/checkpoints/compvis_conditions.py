@@ -7,9 +7,15 @@ of an embedder whose parameter names are the original's.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ldm.checkpoints.original_yaml import Part
 from ldm.checkpoints.text_versions import CLIP_VERSIONS, OPEN_CLIP_VERSIONS, clip_sizes, open_clip_sizes
 from ldm.checkpoints.translation import take_given
+from ldm.conditioning import ClassEmbedder, Embedder
+from ldm.conditioning.bert import BERTEmbedder
+from ldm.conditioning.clip import CLIPTextEmbedder
+from ldm.conditioning.vectors import ClassFeatures
 
 EMBEDDER_IGNORED = {"device": "chosen when the model is loaded", "freeze": "what training changes"}
 
@@ -105,4 +111,69 @@ EMBEDDERS: dict[str, Callable[[Part, str, str], dict]] = {
     _ENCODERS + "FrozenCLIPEmbedder": clip_embedder,
     _ENCODERS + "FrozenOpenCLIPEmbedder": open_clip_embedder,
     "torch.nn.Identity": ready_features,
+}
+
+
+# And back
+
+
+def original_condition(embedder: Embedder) -> tuple[str, dict] | None:
+    """(cond_stage_key, `{target, params}` of the original's class) of one embedder; None if it has none."""
+    describe = _ORIGINALS.get(type(embedder))
+    found = describe(embedder) if describe else None
+    if found is None:
+        return None
+    name, params = found
+    key = "class_label" if name == "ClassEmbedder" else embedder.key
+    return key, {"target": _ENCODERS + name, "params": params}
+
+
+def _of_classes(embedder: ClassEmbedder | ClassFeatures) -> tuple[str, dict] | None:
+    if embedder.kind != "crossattn":
+        return None
+    rows, dim = embedder.embedding.weight.shape  # the row of no class, if any, counts as a class there
+    return "ClassEmbedder", {"n_classes": rows, "embed_dim": dim, "key": "class_label"}
+
+
+def _of_bert(embedder: BERTEmbedder) -> tuple[str, dict] | None:
+    transformer = embedder.transformer
+    layers = transformer.attn_layers.layers
+    attention = layers[0][1]
+    if (attention.heads, attention.to_q.out_features) != (8, 512):  # fixed there
+        return None
+    vocabulary, dim = transformer.token_emb.weight.shape
+    return "BERTEmbedder", {
+        "n_embed": dim,
+        "n_layer": len(layers) // 2,
+        "vocab_size": vocabulary,
+        "max_seq_len": embedder.max_length,
+        "use_tokenizer": embedder.texts,
+        "embedding_dropout": transformer.emb_dropout.p,
+    }
+
+
+def _of_clip(embedder: CLIPTextEmbedder) -> tuple[str, dict] | None:
+    """By its sizes; which tokenizer it has tells versions of the same size apart."""
+    sizes = {name: tuple(tensor.shape) for name, tensor in embedder.state_dict().items()}
+    for version in dict.fromkeys((embedder.source, *CLIP_VERSIONS)):
+        if version not in CLIP_VERSIONS or embedder.layer != "last" or embedder.pooled:
+            continue
+        with torch.device("meta"):
+            same = CLIPTextEmbedder(**clip_sizes(version))
+        layer, other = (e.transformer.text_model.encoder.layers[0] for e in (embedder, same))
+        alike = type(layer.mlp.activation) is type(other.mlp.activation)
+        if (
+            alike
+            and layer.self_attn.heads == other.self_attn.heads
+            and sizes == {name: tuple(tensor.shape) for name, tensor in same.state_dict().items()}
+        ):
+            return "FrozenCLIPEmbedder", {"version": version}
+    return None
+
+
+_ORIGINALS: dict[type, Callable] = {
+    ClassEmbedder: _of_classes,
+    ClassFeatures: _of_classes,
+    BERTEmbedder: _of_bert,
+    CLIPTextEmbedder: _of_clip,
 }

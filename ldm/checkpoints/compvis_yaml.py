@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ldm.checkpoints.architecture import NotExpressible, first_stage_arguments, unet_arguments
+from ldm.checkpoints.compvis_conditions import original_condition
 from ldm.checkpoints.diffusers_scheduler import named_betas
-from ldm.conditioning import ClassEmbedder, ClassLabel
+from ldm.conditioning import ClassLabel
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule
 from ldm.latent_diffusion import LatentDiffusion
@@ -80,22 +81,19 @@ def _latent_diffusion(
             "its latents have a shift, or a scale for each channel; the original has one scale_factor "
             "(only an AutoencoderKL's weights can take them up)"
         )
-    key, condition = _condition(model, reasons)
     params = {
         **_schedule(model.denoiser, reasons),
         "log_every_t": 200,
         "num_timesteps_cond": 1,
         "first_stage_key": "image",
-        "cond_stage_key": "class_label",
+        **_condition(model, reasons),
         "image_size": height,
         "channels": channels,
         "cond_stage_trainable": False,
-        "conditioning_key": key,
         "scale_factor": 1.0 if folded else min(scales),
         "use_ema": False,
         "unet_config": _unet(model.network, height, reasons),
         "first_stage_config": _first_stage(model.first_stage_model, description, "VQModelInterface", reasons),
-        "cond_stage_config": condition,
     }
     return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
 
@@ -180,19 +178,20 @@ def _resolution(description: Mapping) -> int | None:
     return (params.get("ddconfig") or {}).get("resolution") or side
 
 
-def _condition(model: LatentDiffusion, reasons: list[str]) -> tuple[str | None, Any]:
-    """(conditioning_key, cond_stage_config)."""
+def _condition(model: LatentDiffusion, reasons: list[str]) -> dict[str, Any]:
+    """`conditioning_key`, `cond_stage_key` and `cond_stage_config`."""
     embedders = list(model.conditioner.embedders)
+    names = ("conditioning_key", "cond_stage_key", "cond_stage_config")
     if not embedders:
-        return None, "__is_unconditional__"
+        return dict(zip(names, (None, "class_label", "__is_unconditional__"), strict=True))
     if len(embedders) == 1 and type(embedders[0]) is ClassLabel:
-        return "adm", {"target": "torch.nn.Identity"}
-    if len(embedders) == 1 and type(embedders[0]) is ClassEmbedder and embedders[0].kind == "crossattn":
-        rows, dim = embedders[0].embedding.weight.shape  # the row of no class counts as a class there
-        params = {"n_classes": rows, "embed_dim": dim, "key": "class_label"}
-        return "crossattn", {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": params}
-    names = ", ".join(f"{type(e).__name__}({e.kind})" for e in embedders)
+        return dict(zip(names, ("adm", "class_label", {"target": "torch.nn.Identity"}), strict=True))
+    found = original_condition(embedders[0]) if len(embedders) == 1 else None
+    if found is not None:
+        return dict(zip(names, ("crossattn", *found), strict=True))
+    listed = ", ".join(f"{type(e).__name__}({e.kind})" for e in embedders)
     reasons.append(
-        f"its conditions are {names}; written are class labels, and class tokens for cross-attention"
+        f"its conditions are {listed}; written are class labels and, for cross-attention alone, class tokens "
+        "and the texts of BERTEmbedder (with 8 heads of 64) and of CLIP in its published sizes"
     )
-    return None, None
+    return {}

@@ -1,11 +1,13 @@
 """Reading and holding to account the `config.json` of a part of a diffusers folder."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoints.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.config import ConfigError
 
 #: The release of diffusers with which what is written here was checked.
 DIFFUSERS_VERSION = "0.42.1"
@@ -31,6 +33,19 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CorruptCheckpoint(str(path), f"holds a {type(config).__name__}, no JSON object")
     return config
+
+
+@contextlib.contextmanager
+def explained(where: str) -> Iterator[None]:
+    """What values of the wrong kind in a config lead to, as an error that names the config."""
+    try:
+        yield
+    except (CheckpointError, ConfigError):
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise CorruptCheckpoint(
+            where, f"has values that make no sense together: {type(error).__name__}: {error}"
+        ) from error
 
 
 class Reader:

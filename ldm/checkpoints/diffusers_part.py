@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ldm.checkpoints import diffusers_autoencoder, diffusers_unet_reading
+from ldm.checkpoints.diffusers_config import explained
 from ldm.checkpoints.diffusers_names import Places, first_stage_places, from_diffusers, unet_places
 from ldm.checkpoints.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.checkpoints.reading import read_weights
@@ -28,10 +29,11 @@ def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         UnsupportedCheckpoint: a class or an option that is not built here.
     """
     kind = config.get("_class_name")
-    if kind not in _PARTS:
+    if not isinstance(kind, str) or kind not in _PARTS:
         what = f"is a {kind}" if kind else "names no _class_name, so it is no config of diffusers"
         raise UnsupportedCheckpoint(where, f"{what}; known are {', '.join(_PARTS)}")
-    return _PARTS[kind](config, where)
+    with explained(where):
+        return _PARTS[kind](config, where)
 
 
 def part_tensors(folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ldm.checkpoints import diffusers_autoencoder, diffusers_scheduler, diffusers_text, native
-from ldm.checkpoints.diffusers_config import read_config
+from ldm.checkpoints.diffusers_config import explained, read_config
 from ldm.checkpoints.diffusers_export import CONFIG, INDEX
 from ldm.checkpoints.diffusers_part import FIRST_STAGES, NETWORKS, part_tensors, part_tree, prefixed
 from ldm.checkpoints.diffusers_text import ENCODER, TOKENIZER
@@ -18,6 +18,8 @@ from ldm.checkpoints.strict import load_strict
 from ldm.checkpoints.unfilled import build_unfilled
 
 log = logging.getLogger(__name__)
+
+_FIRST_STAGE_NAMES = ("vae", "vqvae", "movq", "vqgan")  # of parts, in the pipelines of diffusers
 
 
 def fresh_description(tree: dict, **more: Any) -> dict[str, Any]:
@@ -53,7 +55,8 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
         unread.append(f"since there is here: {why_not}; conditions are the caller's")
     configs = {name: read_config(folder / name / CONFIG) for name in (network, first_stage) if name}
     parts = {name: part_tree(config, str(folder / name / CONFIG)) for name, config in configs.items()}
-    tree, sampling, lost = _model_tree(folder, parts, configs, network, first_stage, scheduler)
+    with explained(str(folder)):
+        tree, sampling, lost = _model_tree(folder, parts, configs, network, first_stage, scheduler)
     tree["params"]["conditioner"] = conditioner
     for what, names in (("not read", unread), ("no counterpart here for", lost)):
         if names:
@@ -78,7 +81,9 @@ def _only(
 ) -> str | None:
     """The one part of a pipeline whose class is among `known`."""
     found = [name for name, kind in classes.items() if kind in known]
-    if len(found) == 1 or (optional and not found):
+    # A first stage of another class must not pass for none: latents would come out as if they were images.
+    other = optional and any(name in _FIRST_STAGE_NAMES for name in classes)
+    if len(found) == 1 or (optional and not found and not other):
         return found[0] if found else None
     has = ", ".join(f"{name} ({kind})" for name, kind in classes.items()) or "nothing"
     raise UnsupportedCheckpoint(
@@ -97,7 +102,8 @@ def _model_tree(
         params = parts[first_stage]["params"]
         dd = params.get("ddconfig") or params["encoder"]
         channels, factor = params.get("embed_dim", dd["z_channels"]), 2 ** (len(dd["ch_mult"]) - 1)
-        shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
+        with explained(str(folder / first_stage / CONFIG)):
+            shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
     if in_channels != channels:
         raise UnsupportedCheckpoint(
             str(folder),
@@ -106,10 +112,11 @@ def _model_tree(
         )
     where = folder / scheduler / "scheduler_config.json"
     schedule = read_config(where)
-    denoiser = diffusers_scheduler.denoiser_part(
-        schedule, str(where), learned_variance=out_channels == 2 * channels
-    )
-    sampling, lost = diffusers_scheduler.sampling_defaults(schedule)
+    with explained(str(where)):
+        denoiser = diffusers_scheduler.denoiser_part(
+            schedule, str(where), learned_variance=out_channels == 2 * channels
+        )
+        sampling, lost = diffusers_scheduler.sampling_defaults(schedule)
     size = configs[network].get("sample_size") or configs[network].get("image_size") or 32
     size = [size, size] if isinstance(size, int) else size
     params = {

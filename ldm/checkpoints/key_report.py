@@ -99,6 +99,12 @@ def explanation(missing: Iterable[str], extra: Iterable[str]) -> str | None:
     prefix, found = _best_prefix(extra, missing)
     if found > len(missing) / 2:
         return f"  {_share(found, missing)} missing names are in the file without their {prefix!r}: add it."
+    prefix, found = _best_prefix(extra, missing)
+    if found > len(extra) / 2:
+        return (
+            f"  {found} of {len(extra)} unknown names in the file are missing ones without their {prefix!r}: "
+            "it may hold that part of the model alone, which loads with that part's own config."
+        )
     if len(missing) <= 5:
         close = {name: get_close_matches(name, extra, n=1, cutoff=0.8) for name in missing}
         pairs = [f"{name} may be {match[0]}" for name, match in close.items() if match]

@@ -8,10 +8,12 @@ from torch import nn
 
 from ldm.checkpoints import compvis_export, diffusers_folder, native, published
 from ldm.checkpoints.errors import CheckpointError
+from ldm.checkpoints.reading import INDEX
 from ldm.checkpoints.trust import is_run_config, trusted_targets
 from ldm.signatures import nearest
 
 _LISTED = 8
+_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def load(
@@ -27,35 +29,46 @@ def load(
 
     Args:
         path: a run folder, its `model.safetensors`, or one of its checkpoints; a folder of diffusers (a
-            pipeline or one of its parts); or, with `config`, a checkpoint of
-            the original latent diffusion, Stable Diffusion, sgm or OpenAI's diffusion projects.
+            pipeline or one of its parts); or, with `config`, a checkpoint of the original latent diffusion,
+            Stable Diffusion, sgm or OpenAI's diffusion projects, the index of its shards, or the folder in
+            which it is the only one.
         config: the YAML of the original project, unchanged (see `ldm.checkpoints.published`), or one of this
             toolkit, for a file that does not describe its model itself. For a model trained here that has
-            classes of yours, the training config: what this names outside `ldm` is then imported.
+            classes of yours, the training config: what this names outside `ldm` is then imported. The
+            training config of an autoencoder also describes a bare file of its weights.
         ema: take the averaged weights where there are any; False takes the raw ones.
-        device, dtype: where the model goes and, if given, the type of its floating-point parameters.
+        device, dtype: where the model goes and, if given, the type of its floating-point parameters. Latents
+            and images keep their own type, whatever the parameters have.
 
     Raises:
         FileNotFoundError: nothing is there; says what is near.
         CheckpointError: the file is no model of this toolkit, is damaged, or has missing, extra or mis-shaped
             keys.
+        ConfigError: `config` is no YAML of a model, or asks for what is not here.
+        ValueError: `dtype` is no floating-point type.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(_not_found(path))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype must be a floating-point type such as torch.bfloat16, or None, got {dtype!r}"
+        )
     trusted: frozenset[str] = frozenset()
-    if config is not None and is_run_config(config):
+    if config is not None and is_run_config(config) and _describes_itself(path):
         config, trusted = None, trusted_targets(config)
     if config is not None:
-        model = published.load_published(path, config, ema, dtype)
+        model = published.load_published(_one_file(path), config, ema, dtype)
     elif native.is_run_folder(path):
+        if not native.describes_itself(path) and _weights_in(path):
+            raise CheckpointError(str(path), _foreign_run(path))
         model = native.load_run(path, ema, trusted)
     elif diffusers_folder.is_diffusers_folder(path):
         model = diffusers_folder.load_diffusers(path, ema)
     elif path.is_dir():
         raise CheckpointError(str(path), _no_run(path))
-    elif path.suffix == ".safetensors":
-        if native.read_description(path) is None:
+    elif path.suffix == ".safetensors" or path.name.endswith(INDEX):
+        if path.name.endswith(INDEX) or native.read_description(path) is None:
             raise CheckpointError(
                 str(path), "holds weights, but no description of their model" + _published(path)
             )
@@ -75,10 +88,34 @@ def load(
     return model.to(device=device, dtype=dtype)
 
 
+def _describes_itself(path: Path) -> bool:
+    if native.describes_itself(path) or diffusers_folder.is_diffusers_folder(path):
+        return True
+    return path.is_file() and compvis_export.is_exported(path)
+
+
 def _published(path: Path) -> str:
-    beside = sorted(p.name for p in path.parent.glob("*.y*ml"))
-    example = path.parent / beside[0] if beside else "the YAML it was trained with"
+    """The original's runs keep their configs in a folder beside that of the checkpoints."""
+    beside = [*sorted(path.parent.glob("*.y*ml")), *sorted(path.parent.parent.glob("configs/*-project.yaml"))]
+    example = beside[0] if beside else "the YAML it was trained with"
     return f". A file of another project needs that project's config: config={str(example)!r}"
+
+
+def _one_file(path: Path) -> Path:
+    """The file of weights that a folder beside a config stands for, if it holds just one."""
+    files = _weights_in(path) if path.is_dir() else []
+    indices = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
+    files = indices if len(indices) == 1 else files
+    if len(files) > 1:
+        names = _some([str(file.relative_to(path)) for file in files])
+        raise CheckpointError(str(path), f"is a folder with several files of weights; give one: {names}")
+    return files[0] if files else path
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """Files of other projects in a folder, or in its `checkpoints` as in the original's runs."""
+    places = (folder, folder / "checkpoints")
+    return sorted(file for place in places for file in place.glob("*") if file.suffix in _SUFFIXES)
 
 
 def _raw_weights(path: Path) -> str:
@@ -102,6 +139,11 @@ def _relative(folder: Path) -> Path:
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
+def _foreign_run(path: Path) -> str:
+    file = _weights_in(path)[-1]
+    return f"is no run of this toolkit: it holds {file.relative_to(path)}" + _published(file)
+
+
 def _no_run(path: Path) -> str:
     runs = sorted(p.name for p in path.iterdir() if native.is_run_folder(p))
     if runs:
@@ -109,7 +151,9 @@ def _no_run(path: Path) -> str:
     if native.is_run_folder(path.parent):
         return f"is no run folder, but a part of one; give {path.parent}, or a file"
     inside = _some(sorted(p.name for p in path.iterdir()))
-    return f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}"
+    files = _weights_in(path)
+    hint = f". {files[0].name} may be another project's" + _published(files[0]) if files else ""
+    return f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}{hint}"
 
 
 def _some(names: list[str]) -> str:

@@ -21,18 +21,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm import config as configuration
-from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
-from ldm.checkpoints.reading import read_weights
-from ldm.checkpoints.strict import load_strict
+from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.checkpoints.reading import INDEX, read_pickled, read_weights
+from ldm.checkpoints.strict import check_shapes, load_strict
 from ldm.checkpoints.trust import targets_of
+from ldm.checkpoints.unfilled import build_unfilled, check_rooms
 from ldm.checkpoints.writing import write_atomically, write_safetensors
 
 FORMAT = "ldm/1"
 METADATA_KEY = "ldm"
 MODEL_FILE = "model.safetensors"
-# Where the parts of a model are. A file of weights builds nothing else: no data set that searches the disk,
-# no loss that downloads.
-_ROOMS = ("ldm.conditioning", "ldm.diffusion", "ldm.latent_diffusion", "ldm.models", "ldm.nn")
 _TRAINING_KEYS = ("description", "ema", "model", "step")
 
 
@@ -47,13 +45,7 @@ def build(description: Mapping, where: str, trusted: Collection[str] = ()) -> nn
         ConfigError: targets and params that this version does not have, or does not allow.
     """
     _check_description(description, where)
-    outside = sorted(
-        {t for t in targets_of(description["model"]) if t.startswith("ldm.") and not _in_rooms(t)}
-    )
-    if outside:
-        raise CheckpointError(
-            where, f"asks for {', '.join(outside)}, which is no part of a model; nothing was built"
-        )
+    check_rooms(description["model"], where, trusted)
     tree = configuration.loads(json.dumps({"model": description["model"]}), origin=where)
     configuration.check(tree, allow_foreign=trusted)
     model = configuration.instantiate(tree.model, allow_foreign=trusted)
@@ -88,10 +80,6 @@ def _check_format(given: Any, where: str) -> None:
     else:
         what = f"has format {given!r}"
     raise UnsupportedCheckpoint(where, f"{what}. This version reads {FORMAT}")
-
-
-def _in_rooms(target: str) -> bool:
-    return any(target.startswith(f"{room}.") for room in _ROOMS)
 
 
 def describe(model: nn.Module, description: Mapping) -> nn.Module:
@@ -129,10 +117,20 @@ def load_model(path: Path, trusted: Collection[str] = ()) -> nn.Module:
             str(path),
             f"holds weights, but no description of their model; {MODEL_FILE} of a run folder has one",
         )
-    model = build(description, str(path), trusted)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    load_strict(model, tensors, where=str(path))
+    return _filled(description, read_weights(path).tensors, str(path), trusted)
+
+
+def _filled(
+    description: Mapping, tensors: Mapping[str, Tensor], where: str, trusted: Collection[str]
+) -> nn.Module:
+    """The described model with these weights. Sizes are compared first: a description may ask for more
+    memory than there is, and the file that it stands in does not.
+    """
+    _check_description(description, where)
+    if all(target.startswith("ldm.") for target in targets_of(description["model"])):
+        check_shapes(build_unfilled(description["model"], where), tensors, where=where)
+    model = build(description, where, trusted)
+    load_strict(model, tensors, where=where)
     return describe(model, description)
 
 
@@ -152,11 +150,10 @@ def read_training(path: Path) -> dict:
         CheckpointError: it is whole, but of another kind.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen kinds for a broken zip
-        _explain(path)
-        raise CheckpointError(
-            str(path), "holds weights, but is no training checkpoint of this toolkit"
+        state = read_pickled(path)
+    except (CorruptCheckpoint, UnsupportedCheckpoint) as error:
+        raise CorruptCheckpoint(
+            str(path), f"cannot be read as a training checkpoint: {error.reason}"
         ) from error
     if not isinstance(state, dict) or not str(state.get("format")).startswith("ldm/"):
         raise CheckpointError(str(path), "is no training checkpoint of this toolkit")
@@ -164,19 +161,12 @@ def read_training(path: Path) -> dict:
     missing = [key for key in _TRAINING_KEYS if key not in state]
     if missing:
         raise CheckpointError(str(path), f"is a training checkpoint without {', '.join(missing)}")
+    _check_description(state["description"], str(path))
+    for key in ("model", "ema"):
+        weights = state[key]
+        if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+            raise CheckpointError(str(path), f"is a training checkpoint whose {key!r} is no state dict")
     return state
-
-
-def _explain(path: Path) -> None:
-    """Raise what our own reader, which knows more about files than torch, finds wrong with this one."""
-    try:
-        read_weights(path)
-    except UnsafeCheckpoint:
-        raise
-    except CheckpointError as error:
-        raise CorruptCheckpoint(
-            str(path), f"cannot be read as a training checkpoint: {error.reason}"
-        ) from error
 
 
 def load_training(path: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:
@@ -184,9 +174,7 @@ def load_training(path: Path, ema: bool = True, trusted: Collection[str] = ()) -
     state = read_training(path)
     averaged = state["ema"] if ema else {}
     description = dict(state["description"], weights="ema" if averaged else "raw", step=state["step"])
-    model = build(description, str(path), trusted)
-    load_strict(model, {**state["model"], **averaged}, where=str(path))
-    return describe(model, description)
+    return _filled(description, {**state["model"], **averaged}, str(path), trusted)
 
 
 def newest_training(run: Path) -> Path | None:
@@ -197,6 +185,22 @@ def newest_training(run: Path) -> Path | None:
 
 def is_run_folder(path: Path) -> bool:
     return path.is_dir() and ((path / MODEL_FILE).exists() or (path / "checkpoints").is_dir())
+
+
+def describes_itself(path: Path) -> bool:
+    """Whether a file or a run folder holds a description of its model, so that no other is needed."""
+    if path.is_dir():
+        return (path / MODEL_FILE).exists() or newest_training(path) is not None
+    if path.suffix == ".safetensors":
+        return read_description(path) is not None
+    if path.name.endswith(INDEX):
+        return False
+    try:
+        return str(read_training(path)["format"]).startswith("ldm/")
+    except CorruptCheckpoint:
+        raise
+    except CheckpointError:
+        return False
 
 
 def load_run(run: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:

@@ -17,6 +17,10 @@ from ldm.config import ConfigError
 from ldm.signatures import did_you_mean, is_target
 
 _REQUIRED = object()
+_OF_A_RUN = (
+    ". The training config of a diffusion model does not say all of the model, whose first stage is another "
+    "run's: load the run's model.safetensors or a checkpoint of it"
+)
 
 
 @dataclass
@@ -144,6 +148,7 @@ def read_original(config: str | Path | Mapping) -> Original:
         raise ConfigError(
             f"{origin}: has neither `model:` nor `target:` at its top, but "
             + (", ".join(map(str, tree)) or "nothing")
+            + (_OF_A_RUN if "network" in tree else "")
         )
     try:
         selected = OmegaConf.select(tree, "model") if path else OmegaConf.masked_copy(tree, list(tree))
@@ -177,6 +182,9 @@ def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
     if isinstance(config, Mapping | DictConfig):
         return OmegaConf.create(config) if isinstance(config, Mapping) else config, "the config"
     path = Path(config)
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
+        raise ConfigError(f"{path}: is a folder, not a YAML file (in it: {inside})")
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such file{did_you_mean(path.name, beside)}")

@@ -17,9 +17,10 @@ from ldm.checkpoints.errors import CheckpointError
 from ldm.checkpoints.native import FORMAT
 from ldm.checkpoints.original_yaml import Original, read_original
 from ldm.checkpoints.reading import Weights, read_weights
-from ldm.checkpoints.strict import HARMLESS, IgnoreRule, load_strict
+from ldm.checkpoints.strict import HARMLESS, IgnoreRule, check_shapes, load_strict
 from ldm.checkpoints.translation import Translated, lookup, set_latent_scale
 from ldm.checkpoints.unfilled import build_unfilled
+from ldm.config import ConfigError
 from ldm.signatures import resolve_target
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def load_published(
     """
     original = read_original(config)
     translated = translate(original)
-    model = build_empty(translated, dtype)
+    model = build_empty(translated, dtype, original.reading.origin)
     weights = read_weights(path)
     averaged = fill(model, translated, weights, ema, str(path))
     for note in original.reading.notes:
@@ -92,18 +93,28 @@ def translate(original: Original) -> Translated:
     Raises:
         ConfigError: every unknown or unsupported target and parameter.
     """
-    part, reading = original.model, original.reading
-    if part.target in openai.MODELS:
-        found = openai.network(part, original.diffusion)
-    else:
-        if original.diffusion is not None:
-            reading.problem("diffusion", f"does not go with {part.target}")
-        if part.target not in MODELS and _is_native(part.target):
-            found = Translated({"target": part.target, "params": part.params}, averaged=None)
-        else:
-            found = lookup(part, MODELS | openai.MODELS, "model")(part)
+    reading = original.reading
+    try:
+        found = _translate(original)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        reading.problem(
+            original.model.path or "target", f"values that make no sense: {type(error).__name__}: {error}"
+        )
     reading.check()
     return found
+
+
+def _translate(original: Original) -> Translated:
+    part, reading = original.model, original.reading
+    if part.target in openai.MODELS:
+        return openai.network(part, original.diffusion)
+    if original.diffusion is not None:
+        reading.problem("diffusion", f"does not go with {part.target}")
+    if part.target not in MODELS and _is_native(part.target):
+        return Translated({"target": part.target, "params": part.params}, averaged=None)
+    return lookup(part, MODELS | openai.MODELS, "model")(part)
 
 
 def _is_native(target: str) -> bool:
@@ -113,13 +124,15 @@ def _is_native(target: str) -> bool:
         return False
 
 
-def build_empty(translated: Translated, dtype: torch.dtype | None = None) -> nn.Module:
+def build_empty(
+    translated: Translated, dtype: torch.dtype | None = None, origin: str = "the config"
+) -> nn.Module:
     """The model without memory for its parameters (on the meta device), in eval mode.
 
     Raises:
         ConfigError, UnsupportedCheckpoint: parameters that the classes refuse, parts that do not fit.
     """
-    model = build_unfilled(translated.node, "the config in this toolkit's terms")
+    model = build_unfilled(translated.node, f"{origin} (in this toolkit's terms)")
     return model if dtype is None else model.to(dtype=dtype)
 
 
@@ -131,14 +144,19 @@ def fill(model: nn.Module, translated: Translated, weights: Weights, ema: bool, 
     """
     view = translated.view(model)
     tensors = dict(weights.tensors)
+    # First: of a file that holds another model, the averages would be the lesser part of the matter.
+    name = type(model).__name__
+    check_shapes(view, tensors, ignore=PUBLISHED_HARMLESS, where=where, name=name)
     averaged = (
         ema and translated.averaged is not None and take_averaged(tensors, view, translated.averaged, where)
     )
     if translated.latent_scale is not None and not translated.scale_in_file:
         _check_scale(tensors.get("scale_factor"), translated.latent_scale, where)
     rules = _AVERAGED_HARMLESS if averaged else PUBLISHED_HARMLESS
-    load_strict(view, tensors, ignore=rules, where=where, assign=True)
+    load_strict(view, tensors, ignore=rules, where=where, assign=True, name=name)
     if translated.scale_in_file:
+        if not view.scale_factor:
+            raise CheckpointError(where, "carries a scale_factor of 0, with which no latent can be decoded")
         set_latent_scale(model, view.scale_factor)
     return averaged
 
@@ -175,7 +193,11 @@ def take_averaged(tensors: dict[str, Tensor], view: nn.Module, beginning: str, w
 
 def _check_scale(found: Tensor | None, expected: float, where: str) -> None:
     """A scale that the file carries must be the YAML's: with another the images would be silently wrong."""
-    if found is None or abs(found.double().item() - expected) <= 1e-4 * abs(expected):
+    if found is None:
+        return
+    if found.numel() != 1:
+        raise CheckpointError(where, f"carries a scale_factor of shape {tuple(found.shape)}, not one number")
+    if abs(found.double().item() - expected) <= 1e-4 * abs(expected):
         return
     raise CheckpointError(
         where,

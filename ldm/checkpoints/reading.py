@@ -20,7 +20,7 @@ from ldm.checkpoints.torch_files import read_legacy, read_zip
 # Where training frameworks put the weights, in the order in which they are looked for.
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module", "params")
 _KEYS = ", ".join(STATE_DICT_KEYS)
-_INDEX = ".index.json"
+INDEX = ".index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(safetensors|bin))")
 _MAX_INDEX = 64 * 2**20
 
@@ -98,13 +98,29 @@ def read_weights(
     path = Path(path)
     device = torch.device(map_location)
     _check_exists(path)
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         return _read_shards(path, device, key, inert)
     shard = _SHARD.fullmatch(path.name)
     if shard and int(shard["count"]) > 1:
-        index = f"{shard['stem']}{shard['suffix']}{_INDEX}"
+        index = f"{shard['stem']}{shard['suffix']}{INDEX}"
         raise CheckpointError(str(path), f"is one of {int(shard['count'])} shards; give their index, {index}")
     return _read_file(path, device, key, inert)
+
+
+def read_pickled(path: str | Path, *, inert: Sequence[str] = ()) -> Any:
+    """Everything in one file of `torch.save`, on the CPU, as `read_weights` reads it: tensors, plain
+    containers and `Placeholder`s; nothing that is in it is run.
+
+    Raises:
+        CheckpointError: as `read_weights`, and for a .safetensors file, which is no pickle.
+    """
+    path = Path(path)
+    _check_exists(path)
+    file = MappedFile(path)
+    kind = _kind(file)
+    if kind == "safetensors":
+        raise CheckpointError(file.where, "is a .safetensors file, not one of torch.save")
+    return _read_object(file, kind, torch.device("cpu"), inert)
 
 
 def _check_exists(path: Path) -> None:
@@ -131,8 +147,11 @@ def _read_file(path: Path, device: torch.device, key: str | None, inert: Sequenc
                 file.where, f"is a .safetensors file, which has no entry {key!r}, only tensors"
             )
         return Weights(*read_safetensors(file, device))
-    content = read_zip(file, device, inert) if kind == "zip" else read_legacy(file, device, inert)
-    return _state_dict(content, key, file.where)
+    return _state_dict(_read_object(file, kind, device, inert), key, file.where)
+
+
+def _read_object(file: MappedFile, kind: str, device: torch.device, inert: Sequence[str]) -> Any:
+    return read_zip(file, device, inert) if kind == "zip" else read_legacy(file, device, inert)
 
 
 def _kind(file: MappedFile) -> str:

@@ -91,6 +91,7 @@ def load_strict(
     ignore: Sequence[IgnoreRule] = (),
     where: str,
     assign: bool = False,
+    name: str | None = None,
 ) -> None:
     """Copy a state dict into a module, every key of both sides accounted for.
 
@@ -106,6 +107,7 @@ def load_strict(
         assign: put the tensors themselves into the module instead of copying their values; needed for a
             module on the meta device, and saves memory. Where types agree, its parameters are then views of
             the tensors. Buffers that are not persistent are in no state dict and stay as they are.
+        name: what to call the module in messages, where its class's name says little.
 
     Raises:
         KeyMismatch: keys are missing, extra, of another shape or type; it lists all of them.
@@ -115,34 +117,13 @@ def load_strict(
     targets = _targets(module, where)
     used = {name: tensor for name, tensor in tensors.items() if name in targets}
     aliases = _aliases(targets)
-    report = KeyReport(
-        missing={
-            name: tuple(target.shape)
-            for name, target in targets.items()
-            if not any(alias in used for alias in aliases[name])
-        },
-        extra={
-            name: tuple(tensor.shape)
-            for name, tensor in tensors.items()
-            if name not in targets and not any(rule.matches(name) for rule in ignore)
-        },
-        misshaped={
-            name: (tuple(tensor.shape), tuple(targets[name].shape))
-            for name, tensor in used.items()
-            if tensor.shape != targets[name].shape
-        },
-        mistyped={
-            name: (tensor.dtype, targets[name].dtype)
-            for name, tensor in used.items()
-            if not _convertible(tensor.dtype, targets[name].dtype)
-        },
-    )
+    report = _compare(targets, tensors, ignore)
     _check_devices(targets, used, where, assign)
     if not report.empty:
-        raise KeyMismatch(where, type(module).__name__, report)
+        raise KeyMismatch(where, name or type(module).__name__, report)
     report.contradictory = _contradictions(used, aliases)
     if not report.empty:
-        raise KeyMismatch(where, type(module).__name__, report)
+        raise KeyMismatch(where, name or type(module).__name__, report)
     broken = [name for name, tensor in used.items() if not _fits(tensor, targets[name].dtype)]
     if broken:
         raise NonFiniteWeights(where, broken)
@@ -152,6 +133,53 @@ def load_strict(
         with torch.no_grad():
             for name, tensor in used.items():
                 targets[name].copy_(tensor)
+
+
+def check_shapes(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    ignore: Sequence[IgnoreRule] = (),
+    where: str,
+    name: str | None = None,
+) -> None:
+    """Hold the names, shapes and types of a state dict against a module, which may be on the meta device.
+
+    Raises:
+        KeyMismatch: as `load_strict`.
+    """
+    report = _compare(_targets(module, where), tensors, ignore)
+    if not report.empty:
+        raise KeyMismatch(where, name or type(module).__name__, report)
+
+
+def _compare(
+    targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], ignore: Sequence[IgnoreRule]
+) -> KeyReport:
+    """Everything but the values."""
+    aliases = _aliases(targets)
+    return KeyReport(
+        missing={
+            name: tuple(target.shape)
+            for name, target in targets.items()
+            if not any(alias in tensors for alias in aliases[name])
+        },
+        extra={
+            name: tuple(tensor.shape)
+            for name, tensor in tensors.items()
+            if name not in targets and not any(rule.matches(name) for rule in ignore)
+        },
+        misshaped={
+            name: (tuple(tensor.shape), tuple(targets[name].shape))
+            for name, tensor in tensors.items()
+            if name in targets and tensor.shape != targets[name].shape
+        },
+        mistyped={
+            name: (tensor.dtype, targets[name].dtype)
+            for name, tensor in tensors.items()
+            if name in targets and not _convertible(tensor.dtype, targets[name].dtype)
+        },
+    )
 
 
 def ignored_keys(names: Iterable[str], rules: Sequence[IgnoreRule] = HARMLESS) -> dict[str, str]:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 import typer
+import typer.core
 
 #: verb -> (module, one line)
 VERBS = {
@@ -30,6 +32,12 @@ VERBS = {
     "verify": ("ldm.cli.verify", "Read every image of a folder and name those that cannot be read."),
 }
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_PLAIN_WORDS = {
+    "valid integer": "whole number",
+    "valid number": "number",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 
@@ -37,7 +45,7 @@ def run_verb(verb: str, arguments: list[str] | None = None, program: str | None 
     """Run one verb with these arguments (those of the process by default), then exit the process."""
     app = _app()
     command = _command(verb)
-    app.command(help=_help(command), context_settings=_SETTINGS)(command)
+    app.command(cls=_Command, help=_help(command), context_settings=_SETTINGS)(command)
     _run(app, arguments, program or f"ldm {verb}")
 
 
@@ -47,7 +55,8 @@ def main() -> None:
     app.callback(invoke_without_command=True, context_settings=_SETTINGS)(_ldm)
     for verb, (_, line) in VERBS.items():
         command = _command(verb)
-        app.command(verb, help=_help(command), short_help=line, context_settings=_SETTINGS)(command)
+        options = {"cls": _Command, "help": _help(command), "short_help": line}
+        app.command(verb, context_settings=_SETTINGS, **options)(command)
     _run(app, None, "ldm")
 
 
@@ -62,6 +71,33 @@ def _ldm(
         typer.echo(f"ldm {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+class _Command(typer.core.TyperCommand):
+    """A verb whose usage line and mistakes are in plain words whatever the version of typer."""
+
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        """MODEL, not {MODEL}."""
+        return [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def make_context(self, *args, **kwargs):
+        try:
+            return super().make_context(*args, **kwargs)
+        except typer.BadParameter as error:
+            error.message = _plain(error)
+            raise
+
+
+def _plain(error: typer.BadParameter) -> str:
+    """`must be a whole number, got 'abc'` in the place of a validator's own sentence."""
+    said = re.fullmatch(r"Input should be ([^,]*)(, .*)?", error.message)
+    if said is None:
+        return error.message
+    wanted = said[1]
+    for theirs, ours in _PLAIN_WORDS.items():
+        wanted = wanted.replace(theirs, ours)
+    details = getattr(error.__cause__, "errors", list)()
+    return f"must be {wanted}" + (f", got {details[0]['input']!r}" if details else "")
 
 
 def _app() -> typer.Typer:

@@ -37,16 +37,18 @@ def convert(
         hint = "choose another folder" if to == "diffusers" else "choose another DST, or say --overwrite"
         raise FileExistsError(f"{taken[0]} exists already; {hint}")
     model = load(source, config, ema)
+    unread = (getattr(model, "description", None) or {}).get("notes", ()) if config else ()
+    notes = [f"note: {config}: {note}" for note in unread]
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "native":
         save_native(model, target, str(source))
-        return [f"{target}: open it with ldm.load or sample.py"]
+        return [*notes, f"{target}: open it with ldm.load or sample.py"]
     if to == "compvis":
         written = save_compvis(model, target)
-        return [f"{target}: open it with the original's code and {written}, or with ldm.load"]
+        return [*notes, f"{target}: open it with the original's code and {written}, or with ldm.load"]
     save_diffusers(model, target)
     parts = ", ".join(sorted(path.name for path in target.iterdir()))
-    return [f"{target} ({parts}): open its parts with diffusers, or all of it with ldm.load"]
+    return [*notes, f"{target} ({parts}): open its parts with diffusers, or all of it with ldm.load"]
 
 
 def _target(source: Path, target: Path, to: str) -> Path:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import logging
 import math
 import os
 from collections import Counter
@@ -16,28 +15,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ldm.checkpoints import load
 from ldm.checkpoints.writing import write_safetensors
 from ldm.cli.device import arranged, autocast, out_of_memory, pick_device
 from ldm.cli.files import prepare_folder, whole_file, write_png
+from ldm.cli.images import Pictures, find_images, refuse_inside
 from ldm.cli.progress import progress_bar
-from ldm.data import BadImageError, SequentialBatches, make_loader
-from ldm.data.decode import read_image
 from ldm.data.grid import pixel_grid, to_uint8
-from ldm.data.images import cut_square, normalize_pixels, square_box, to_pixels
-from ldm.data.scan import scan_folder
+from ldm.data.images import normalize_pixels
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
-from ldm.signatures import did_you_mean
-
-log = logging.getLogger(__name__)
 
 GRID, FIGURES, LATENTS, RECONSTRUCTIONS = "grid.png", "figures.csv", "latents.safetensors", "reconstructions"
 LATENTS_FORMAT = "ldm-latents/1"
 _GRID_PAIRS, _PAIRS_A_ROW = 32, 4
-_FEW = 64
 
 
 class Figure(NamedTuple):
@@ -90,23 +82,6 @@ def image_side(source: Path, model: nn.Module, first_stage: nn.Module, size: int
     return size
 
 
-def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
-    """(folder, paths below it with "/" between parts, what cannot be read and why)."""
-    if images.is_file():
-        return images.parent, [images.name], []
-    if not images.exists():
-        beside = [path.name for path in images.parent.iterdir()] if images.parent.is_dir() else []
-        hint = did_you_mean(images.name, beside, "" if images.parent == Path() else f"{images.parent}/")
-        raise FileNotFoundError(f"{images} does not exist{hint}")
-    scan = scan_folder(str(images))
-    unreadable = [(path, "empty file (0 bytes)") for path in scan.empty]
-    unreadable += [(path, "broken link or special file") for path in scan.broken_links]
-    unreadable += [(path, "folder that may not be read") for path in scan.closed_folders]
-    if scan.ignored():
-        log.info("%s: %d images; ignored %s", images, len(scan.paths), scan.ignored())
-    return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
-
-
 def png_names(paths: list[str]) -> list[str]:
     """Names of the reconstructions: the images' own as .png; `name.jpg.png` where two would be the same."""
     plain = [os.path.splitext(path)[0] + ".png" for path in paths]
@@ -115,27 +90,6 @@ def png_names(paths: list[str]) -> list[str]:
         name if taken[name.lower()] == 1 else f"{path}.png" for path, name in zip(paths, plain, strict=True)
     ]
     return names if len(set(names)) == len(names) else [f"{path}.png" for path in paths]
-
-
-class _Pictures(Dataset):
-    """uint8 (C, size, size) of each file, or the reason why there is none."""
-
-    def __init__(self, folder: Path, paths: list[str], size: int, channels: int):
-        self.folder, self.paths, self.size, self.channels = folder, paths, size, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        path = os.path.join(self.folder, *self.paths[index].split("/"))
-        try:
-            decoded = read_image(path, shrink_to=self.size)
-            box = square_box(*decoded.size, self.size, "center", (1.0, 1.0), 0, -1)
-            return index, to_pixels(cut_square(decoded, box, self.size), self.channels)
-        except BadImageError as error:
-            return index, str(error).removeprefix(f"{path}: ")
-        except ValueError as error:  # a mode without a defined brightness
-            return index, str(error)
 
 
 def encode_images(
@@ -164,8 +118,7 @@ def encode_images(
     target = pick_device(device)
     context = autocast(precision, target)
     folder, paths, unreadable = find_images(images)
-    if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
-        raise ValueError(f"--out {out} lies inside {images}, whose images would then include the results")
+    refuse_inside(out, images)
     model = load(source, config, ema=ema)
     first_stage = first_stage_of(source, model)
     size = image_side(source, model, first_stage, size)
@@ -174,7 +127,7 @@ def encode_images(
     prepare_folder(out, [*names, FIGURES, *[GRID] * grid, *[LATENTS] * latents], overwrite)
     what = f"{type(first_stage).__name__} (f{first_stage.downsampling_factor})"
     result = Encoded(what, size, unreadable=unreadable)
-    pictures = _Pictures(folder, paths, size, first_stage.image_channels)
+    pictures = Pictures(folder, paths, size, first_stage.image_channels)
     pairs: list[np.ndarray] = []
     try:
         with ExitStack() as stack:
@@ -182,7 +135,11 @@ def encode_images(
                 store = stack.enter_context(_latent_store(out, len(paths), first_stage, size))
             bar = stack.enter_context(progress_bar(len(paths), "encoding"))
             stack.enter_context(context)
-            for indices, pixels in _batches(pictures, batch_size, workers, result, bar):
+            for indices, pixels, bad in pictures.batches(batch_size, workers):
+                result.unreadable += bad
+                bar.update(len(bad))
+                if pixels is None:
+                    continue
                 originals = normalize_pixels(pixels)
                 try:
                     mean, std, reconstructions = _through(first_stage, originals.to(target))
@@ -216,22 +173,6 @@ def encode_images(
                 file, "png"
             )
     return result
-
-
-def _batches(
-    pictures: _Pictures, batch_size: int, workers: int | None, result: Encoded, bar
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Indices and uint8 (B, C, H, W) of what can be read; the rest goes to `result.unreadable`."""
-    order = SequentialBatches(len(pictures), batch_size)
-    if workers is None:  # other processes take longer to start than a few images to read
-        workers = 0 if len(pictures) <= _FEW else "auto"
-    for batch in make_loader(pictures, order, workers, collate_fn=list):
-        bad = [(pictures.paths[i], reason) for i, reason in batch if isinstance(reason, str)]
-        result.unreadable += bad
-        bar.update(len(bad))
-        good = [(i, pixels) for i, pixels in batch if not isinstance(pixels, str)]
-        if good:
-            yield [i for i, _ in good], torch.stack([pixels for _, pixels in good])
 
 
 @torch.no_grad()

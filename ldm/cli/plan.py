@@ -13,7 +13,8 @@ def command(
         Path,
         typer.Argument(
             metavar="CONFIG",
-            help="The YAML of the run, for example configs/diffusion/dit-b-f8.yaml.",
+            help="The YAML of the run, for example configs/diffusion/dit-b-f8.yaml; of a published model; or "
+            "of a network alone (target and params).",
             show_default=False,
         ),
     ],
@@ -28,11 +29,22 @@ def command(
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="PIXELS", help="Side of the images.", show_default="the config's"),
+        typer.Option(
+            min=1,
+            metavar="PIXELS",
+            help="Side of the images, or of the input of a network alone.",
+            show_default="the config's",
+        ),
     ] = None,
     classes: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Number of classes, where the data would be asked.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Number of classes, where the data would be asked.",
+            show_default="the embedded data's, else 1000",
+        ),
+    ] = None,
     depth: Annotated[
         int | None,
         typer.Option(

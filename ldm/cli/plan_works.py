@@ -32,14 +32,15 @@ from ldm.losses.lpips import LPIPS
 class PlanRequest:
     """What the user asked for.
 
-    size: of the images in pixels, None for the config's. classes: how many, where the data would be asked.
+    size: of the images in pixels, None for the config's. classes: how many, where the data would be asked;
+    None for what is known of an embedded data set, else 1000.
     memory: of one GPU in GiB. tflops: its peak in 1e12 FLOPs a second, of which `utilisation` is reached.
     depth: of the table of layers, None for what suits the task. config: the YAML.
     """
 
     config: Path | None = None
     size: int | None = None
-    classes: int = 1000
+    classes: int | None = None
     memory: float = 24.0
     tflops: float = 165.0
     utilisation: float = 0.4
@@ -63,6 +64,10 @@ class Work:
     shape: str
     depth: int = 1
     notes: list[str] = field(default_factory=list)
+
+
+#: Classes where nobody says how many: ImageNet's; and those of the data sets that come in packages.
+_CLASSES, _KNOWN_CLASSES = 1000, {"ldm.data.Digits": 10, "ldm.data.Emoji": 9}
 
 
 def assumed_values(request: PlanRequest) -> dict[str, Any]:
@@ -101,9 +106,13 @@ def _filled(cfg, request: PlanRequest, work_notes: list[str]) -> None:
     """`num_classes: auto` becomes the number asked for."""
     from ldm.training.run_config import fill_classes
 
-    if "num_classes: auto" in configuration.to_yaml(cfg):
-        work_notes.append(f"{request.classes} classes are assumed (--classes)")
-        fill_classes(cfg, [str(i) for i in range(request.classes)])
+    if "num_classes: auto" not in configuration.to_yaml(cfg):
+        return
+    count = request.classes or _KNOWN_CLASSES.get(cfg.data.target)
+    if count is None:
+        count = _CLASSES
+        work_notes.append(f"{count} classes are assumed (--classes)")
+    fill_classes(cfg, [str(i) for i in range(count)])
 
 
 # -- the kinds of run --------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ def _diffusion_work(cfg, run, request: PlanRequest) -> Work:
     in_channels = getattr(network, "in_channels", latent_channels)
     side = size // factor
     conditioner = _conditioner(cfg.get("conditioner"), notes)
-    conditions = _Conditions(network, conditioner, notes)
+    conditions = Conditions(network, conditioner, notes)
     cached = run.cache and run.first_stage is not None
 
     def step(meter: Meter, batch: int) -> None:
@@ -286,7 +295,7 @@ def _conditioner(part, notes: list[str]) -> nn.Module | None:
         return None
 
 
-class _Conditions:
+class Conditions:
     """What the conditioner gives where nothing is asked for, or else what the network's widths need."""
 
     TOKENS = 77

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoints.original_yaml import read_tree
+from ldm.checkpoints.trust import is_run_config
 from ldm.cli.costs import Cost, Meter
+from ldm.cli.plan_networks import network_work, read_network
 from ldm.cli.plan_works import WORK, PlanRequest, Work, assumed_values, assumptions
 
 GIB = 2**30
@@ -93,7 +96,7 @@ class Memory:
 
 
 def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | None = None) -> Plan:
-    """Plan the run that a config describes.
+    """Plan the run that a config describes, or the training of a model or network that a YAML describes.
 
     Raises:
         ValueError: mistakes in the config; something that cannot be planned without the data.
@@ -101,10 +104,14 @@ def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | 
     from ldm.training.run_config import load_run
 
     request = replace(request or PlanRequest(), config=path)
-    cfg, run = load_run(path, overrides, assumed=assumed_values(request))
-    with torch.device("meta"):
-        work = WORK[run.task](cfg, run, request)
-    work.notes = [*assumptions(cfg), *work.notes]
+    if path.is_file() and not is_run_config(path) and _has_model(path):
+        model, node, run = read_network(path, overrides)
+        work = network_work(model, node, run, request)
+    else:
+        cfg, run = load_run(path, overrides, assumed=assumed_values(request))
+        with torch.device("meta"):
+            work = WORK[run.task](cfg, run, request)
+        work.notes = [*assumptions(cfg), *work.notes]
     half = run.training.precision != "32"
     if run.training.accumulate > 1:  # the gradients of the parts before are there already
         for parameter in work.trained:
@@ -112,6 +119,11 @@ def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | 
     depth = work.depth if request.depth is None else request.depth
     costs = [measure(work, batch, half, depth) for batch in (2, 3)]
     return Plan(run, request, work, _of_one_image(*costs), _memory(run, work, *costs), half)
+
+
+def _has_model(path: Path) -> bool:
+    tree, _ = read_tree(path)
+    return "target" in tree or "model" in tree
 
 
 def measure(work: Work, batch: int, half: bool, depth: int) -> Cost:

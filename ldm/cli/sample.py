@@ -20,7 +20,7 @@ def command(
             min=1,
             metavar="N",
             rich_help_panel=_WHAT,
-            help="How many images; with --classes, of each class.",
+            help="How many images; with --classes or --image, of each class and each image.",
         ),
     ] = 16,
     classes: Annotated[
@@ -33,13 +33,24 @@ def command(
             "numbers, a number is a name.",
         ),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            rich_help_panel=_WHAT,
+            show_default=False,
+            help="An image, or a folder of images read to any depth, for a model that draws variations of "
+            "images: --n of each. With --classes, --n of each image with each class; without, the classes "
+            "in turn.",
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
             min=0,
             metavar="N",
             rich_help_panel=_WHAT,
-            help="Image i depends on the seed, i and its class alone.",
+            help="Image i depends on the seed, i and its class and image alone.",
         ),
     ] = 0,
     config: Config = None,
@@ -65,7 +76,7 @@ def command(
             metavar="SCALE",
             rich_help_panel=_HOW,
             show_default=_OWN,
-            help="Classifier-free guidance towards the class: 1 is none, more follows it more closely.",
+            help="Classifier-free guidance towards class and image: 1 is none, more follows more closely.",
         ),
     ] = None,
     eta: Annotated[
@@ -85,6 +96,16 @@ def command(
             show_default="what suits the sampler",
             help="How steps are spaced, for models with discrete timesteps: linspace, respaced, "
             "trailing, leading, karras, or uniform and quad as in the original DDIM.",
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            rich_help_panel=_HOW,
+            show_default=_OWN,
+            help="How far the steps of a flow model are moved towards noise: 1 is not at all, 3 is usual for "
+            "large images.",
         ),
     ] = None,
     out: Annotated[
@@ -136,19 +157,26 @@ def command(
     Writes 00000-<class>.png, 00001-<class>.png, ... into the folder --out, and all of them on one sheet,
     grid.png. Each PNG says in its text chunk "ldm" how it was drawn.
 
+    Variations of images are 00000-<image>.png, ..., on the sheet a row of them behind each image. Images that
+    cannot be read are named, and end the command with status 1 when those of the others are drawn.
+
     Example: python sample.py runs/pets --classes cat,dog --n 16 --guidance 3 --out out/pets
+
+    Example: python sample.py runs/variations --image photos/ --n 8 --out out/variations
     """
     from ldm.cli.sampling import SampleRequest, write_samples
 
     request = SampleRequest(
         n=n,
         classes=classes,
+        image=image,
         seed=seed,
         sampler=sampler,
         steps=steps,
         guidance=guidance,
         eta=eta,
         spacing=spacing,
+        shift=shift,
         batch_size=batch_size,
         exact=exact,
     )
@@ -169,3 +197,7 @@ def command(
     else:
         sheet = f", {written.on_sheet} on one sheet: {out / 'grid.png'}" if grid else ""
         typer.echo(f"{written.count} images in {out}{sheet}")
+    if written.unreadable:
+        what = "1 image that" if written.unreadable == 1 else f"{written.unreadable} images that"
+        typer.echo(f"error: nothing is drawn of {what} cannot be read, see above", err=True)
+        raise typer.Exit(1)

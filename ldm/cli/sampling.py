@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm import __version__
 from ldm.checkpoints import load
-from ldm.cli.classes import choose_labels, class_names, safe_name
+from ldm.cli.conditions import Wanted, choose
 from ldm.cli.device import arranged, autocast, out_of_memory, pick_device
-from ldm.cli.files import NpzWriter, prepare_folder, whole_file, write_png
+from ldm.cli.files import CannotWrite, NpzWriter, prepare_folder, whole_file, write_png
+from ldm.cli.images import refuse_inside
 from ldm.cli.progress import progress_bar
-from ldm.data.grid import pixel_grid, to_uint8
+from ldm.data.grid import led_rows, pixel_grid, to_uint8
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.latent_diffusion import LatentDiffusion, sample, sampling_sigmas
 
@@ -27,7 +29,8 @@ log = logging.getLogger(__name__)
 GRID, NPZ = "grid.png", "samples.npz"
 _GRID_MOST = 400  # images on one sheet, and
 _GRID_PIXELS = 2**26  # its pixels
-_DEFAULTS = {"sampler": "euler", "steps": 30, "guidance": 1.0, "spacing": None, "eta": None}
+_ROW_MOST = 20  # images of one class, or one image, that stand in one row
+_DEFAULTS = {"sampler": "euler", "steps": 30, "guidance": 1.0, "spacing": None, "eta": None, "shift": None}
 # What a group of images may cost the network, in parameters times positions of the latent (about as many
 # multiplications), and how many there are at most: enough to keep small networks busy, one image for large
 # ones.
@@ -40,12 +43,14 @@ class SampleRequest:
 
     n: int = 16
     classes: str | None = None
+    image: Path | None = None
     seed: int = 0
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
     eta: float | None = None
     spacing: str | None = None
+    shift: float | None = None
     batch_size: int = 64
     exact: bool | None = None
 
@@ -80,7 +85,9 @@ class SampleRequest:
         if not math.isfinite(chosen["guidance"]):
             raise ValueError(f"--guidance {chosen['guidance']} is no finite number")
         _check_eta(chosen["sampler"], chosen["eta"])
-        sampling_sigmas(model.denoiser, chosen["steps"], chosen["spacing"], chosen["sampler"])
+        sampling_sigmas(
+            model.denoiser, **{name: chosen[name] for name in ("steps", "spacing", "sampler", "shift")}
+        )
         return chosen
 
 
@@ -93,11 +100,13 @@ def _check_eta(sampler: str, eta: float | None) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """What is in the folder now; `on_sheet` is "all" or how many the grid shows."""
+    """What is in the folder now; `on_sheet` is "all" or how many the grid shows, `unreadable` how many images
+    nothing was drawn of."""
 
     count: int
     files: list[Path]
     on_sheet: str
+    unreadable: int = 0
 
 
 def group_size(model: LatentDiffusion) -> int:
@@ -110,33 +119,30 @@ def group_size(model: LatentDiffusion) -> int:
     return 2 ** int(math.log2(most))
 
 
-def draw(model: LatentDiffusion, request: SampleRequest, labels: list[int] | None) -> Iterator[Tensor]:
+def draw(model: LatentDiffusion, request: SampleRequest, wanted: Wanted) -> Iterator[Tensor]:
     """Batches of images (B, C, H, W), about in [-1, 1], on the CPU, in order.
 
     An exact request is computed in groups of `group_size`, the last one filled up with images that are thrown
     away: image i then always has place i mod G in a batch of G, and goes through the same arithmetic.
     """
     settings = request.settings(model)
-    count = len(labels) if labels is not None else request.n
+    count = wanted.count
     exact = model.device.type == "cpu" if request.exact is None else request.exact
     size = group_size(model) if exact else request.batch_size
     for start in range(0, count, size):
-        wanted = min(size, count - start)
-        computed = size if exact else wanted
-        cond = None
-        if labels is not None:
-            batch = labels[start : start + wanted]
-            batch = batch + [batch[-1]] * (computed - wanted)
-            with torch.no_grad():
-                cond = model.conditioner({"label": torch.tensor(batch, device=model.device)})
+        kept = min(size, count - start)
+        computed = size if exact else kept
+        batch = wanted.batch([min(start + i, count - 1) for i in range(computed)], model.device)
         try:
+            with torch.no_grad():
+                cond = model.conditioner(batch) if batch else None
             z = sample(model, computed, cond, seed=request.seed, first_index=start, **settings)
-            images = model.to_image(z)[:wanted].float().cpu()
+            images = model.to_image(z)[:kept].float().cpu()
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, computed) from error
         if not images.isfinite().all():
             raise ValueError(
-                f"images {start} to {start + wanted - 1} are not finite: the model diverged in training, "
+                f"images {start} to {start + kept - 1} are not finite: the model diverged in training, "
                 "or needs --precision 32"
             )
         yield images
@@ -155,7 +161,7 @@ def write_samples(
     precision: str = "auto",
     overwrite: bool = False,
 ) -> Written:
-    """Load the model, draw, and write `00000-<class>.png` ..., `grid.png`, `samples.npz` into `out`.
+    """Load the model, draw, and write `00000-<image>-<class>.png` ..., `grid.png`, `samples.npz` into `out`.
 
     Files appear whole or not at all, each image as soon as it is drawn.
 
@@ -174,16 +180,14 @@ def write_samples(
             "diffusion model (`ldm encode` passes images through a first stage)"
         )
     model = arranged(model, target)
-    labels = choose_labels(model, request.classes, request.n)
+    if request.image is not None:
+        refuse_inside(out, request.image)
+    wanted = choose(model, request.n, request.classes, request.image)
     settings = request.settings(model)
-    count = len(labels) if labels is not None else request.n
-    names = _file_names(model, labels, count)
+    count, names = wanted.count, wanted.file_names()
     prepare_folder(out, [*names, *[GRID] * grid, *[NPZ] * npz], overwrite)
     _warn_of_others(out, names)
     facts = _facts(model, source, request.seed, settings)
-    of_class = (
-        [{"class": class_names(model)[label]} for label in labels] if labels is not None else [{}] * count
-    )
     sheet: list[np.ndarray] = []
     done = 0
     try:
@@ -191,43 +195,51 @@ def write_samples(
             archive = stack.enter_context(NpzWriter.at(out / NPZ, count)) if npz else None
             bar = stack.enter_context(progress_bar(count, "sampling"))
             stack.enter_context(context)
-            for images in draw(model, request, labels):
+            for images in draw(model, request, wanted):
                 pixels = to_uint8(images)
                 if archive is not None:
                     archive.add(pixels)
                 for picture in pixels:
-                    write_png(out / names[done], picture, {"index": done, **of_class[done], **facts})
+                    write_png(out / names[done], picture, {"index": done, **wanted.facts(done), **facts})
                     done += 1
                     bar.update(1)
                 if grid:
-                    sheet += list(pixels[: _room_on_sheet(pixels) - len(sheet)])
+                    sheet += list(pixels[: _room_on_sheet(pixels, wanted, request.n) - len(sheet)])
             if archive is not None:
-                archive.finish(labels)
+                archive.finish(wanted.labels)
+        if grid:
+            with whole_file(out / GRID) as file:
+                _arranged(request, wanted, np.stack(sheet)).save(file, "png")
     except KeyboardInterrupt:
+        # It may have come between the appearance of an image and its count.
+        done += done < count and not overwrite and (out / names[done]).exists()
         raise KeyboardInterrupt(
             f"stopped: {done} of {count} images are in {out}, each of them whole"
         ) from None
-    if grid:
-        # A row a class where that is how they were asked for.
-        columns = request.n if request.classes is not None and request.n <= 20 else None
-        with whole_file(out / GRID) as file:
-            pixel_grid(np.stack(sheet), columns).save(file, "png")
-    return Written(
-        count, [out / name for name in names], "all" if len(sheet) == count else f"the first {len(sheet)}"
-    )
+    except CannotWrite as error:
+        again = ". --overwrite replaces them" if done else ""
+        raise CannotWrite(
+            f"{error}, and give the same command again. {done} of {count} images are in {out}, each of them "
+            f"whole{again}"
+        ) from error
+    on_sheet = "all" if len(sheet) == count else f"the first {len(sheet)}"
+    return Written(count, [out / name for name in names], on_sheet, len(wanted.unreadable))
 
 
-def _room_on_sheet(pixels: np.ndarray) -> int:
-    """How many images of this size, (B, H, W) or (B, H, W, C), one sheet holds."""
-    return min(_GRID_MOST, max(1, _GRID_PIXELS // (pixels.shape[1] * pixels.shape[2])))
+def _arranged(request: SampleRequest, wanted: Wanted, pixels: np.ndarray) -> Image.Image:
+    """The sheet: a row a class, or an image in front of its row, where that is how they were asked for."""
+    columns = request.n if request.n <= _ROW_MOST else None
+    if wanted.pictures is not None and columns is not None:
+        leads = wanted.images(range(0, len(pixels), columns))
+        return led_rows(to_uint8(leads), pixels, columns)
+    return pixel_grid(pixels, columns if request.classes is not None else None)
 
 
-def _file_names(model: LatentDiffusion, labels: list[int] | None, count: int) -> list[str]:
-    digits = max(5, len(str(count - 1)))
-    if labels is None:
-        return [f"{i:0{digits}d}.png" for i in range(count)]
-    safe = [safe_name(name) for name in class_names(model)]
-    return [f"{i:0{digits}d}-{safe[label]}.png" for i, label in enumerate(labels)]
+def _room_on_sheet(pixels: np.ndarray, wanted: Wanted, row: int) -> int:
+    """How many images of this size, (B, H, W) or (B, H, W, C), one sheet holds, besides those in front of
+    their rows."""
+    room = min(_GRID_MOST, max(1, _GRID_PIXELS // (pixels.shape[1] * pixels.shape[2])))
+    return room if wanted.pictures is None else max(1, room * row // (row + 1))
 
 
 def _warn_of_others(out: Path, names: list[str]) -> None:

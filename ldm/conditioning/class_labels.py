@@ -74,14 +74,33 @@ class ClassEmbedder(_ClassCondition):
 class ClassLabel(_ClassCondition):
     """Class label passed through as integers (B,) for a network that embeds them itself.
 
-    The network adds them to its timestep embedding: `UNetModel(num_classes=K + 1)` as in improved-diffusion,
-        or a
-    DiT with `num_classes=K`; the absent class is label K.
+    The network adds them to its timestep embedding: a `UNetModel(num_classes=K + 1)`, or a
+    `DiT(num_classes=K)`, whose table has one row more by itself; the absent class is label K. A network whose
+    table is too small is refused when the model is built (ValueError).
     """
 
     def __init__(self, num_classes: int | Literal["auto"], drop: float = 0.1, key: str = "label"):
         super().__init__(key, "vector", drop)
         self.num_classes, self.null_class = _check_count("ClassLabel", num_classes), True
 
+    def attach(self, model: nn.Module) -> None:
+        rows = _table_rows(model.network)
+        needed = self.num_classes + (self.drop > 0)
+        if rows is not None and rows < needed:
+            absent = f" and the absent class, label {self.num_classes}" if self.drop > 0 else ""
+            raise ValueError(
+                f"the network embeds {rows} labels (num_classes), but ClassLabel gives {self.num_classes} "
+                f"classes{absent}: the network needs num_classes={self.num_classes + 1} (a DiT, which counts "
+                f"the absent class by itself, num_classes={self.num_classes}), or auto in a training config"
+            )
+
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
         return self._labels(values, dropped)
+
+
+def _table_rows(network: nn.Module) -> int | None:
+    """How many labels a network's own table holds, the absent class included; None where it has no table."""
+    table = getattr(network, "label_emb", None)  # UNetModel
+    if table is None:
+        table = getattr(getattr(network, "y_embedder", None), "embedding_table", None)  # DiT
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None

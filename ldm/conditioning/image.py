@@ -1,6 +1,6 @@
 """An image as a condition: variations of it, or images in its manner."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -16,14 +16,16 @@ _NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _HEADS = ("head.", "head_dist.", "pre_logits.")
+_LISTED = 10
 
 
 class ImageEmbedder(Embedder):
     """Images (B, C, H, W) in [-1, 1] -> features of a Vision Transformer; no image is zeros.
 
-    As `crossattn` the class token and one token a patch, (B, 1 + N, dim); as `vector` the class token alone,
-    (B, dim). Images of another size than the encoder's are resized with antialiasing. Training needs the
-    images themselves beside the latents: `cache: false`.
+    As `crossattn` the class token and one token a patch, (B, 1 + N, dim), from which samples come close to
+    the image; as `vector` the class token alone, (B, dim), which leaves more open. Images of another size
+    than the encoder's are resized with antialiasing, grey ones are repeated for an encoder of colours.
+    Training needs the images themselves beside the latents: `cache: false`.
 
     Args:
         model: the encoder, a VisionTransformer; its head is not used, `num_classes: 0` leaves it out.
@@ -85,14 +87,17 @@ class ImageEmbedder(Embedder):
         are interpolated to the encoder's grid.
 
         Raises:
-            ValueError: names or shapes that differ, all of them named.
+            ValueError: names or shapes that differ; says which.
         """
-        own = {name: value for name, value in self.model.state_dict().items() if name.startswith(_HEADS)}
+        own = self.model.state_dict()
+        heads = {name: value for name, value in own.items() if name.startswith(_HEADS)}
         given = {name: value for name, value in state_dict.items() if not name.startswith(_HEADS)}
-        try:
-            self.model.load_state_dict({**own, **fit_positions(given, self.model)})
-        except RuntimeError as error:
-            raise ValueError(f"ImageEmbedder: the weights do not fit the encoder: {error}") from error
+        wanted = own.keys() - heads.keys()
+        _refuse({"missing": wanted - given.keys(), "not known": given.keys() - wanted})
+        given = fit_positions(given, self.model)
+        shapes = {name: (tuple(value.shape), tuple(own[name].shape)) for name, value in given.items()}
+        _refuse({"other shapes": [f"{n} {a} instead of {b}" for n, (a, b) in shapes.items() if a != b]})
+        self.model.load_state_dict({**heads, **given})
 
     def values_in(self, batch: dict) -> Tensor:
         if self.key not in batch and "mean" in batch:
@@ -121,12 +126,31 @@ class ImageEmbedder(Embedder):
         return torch.zeros(batch_size, self.model.patch_embed.in_channels, height, width, device=device)
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """In the encoder's size and normalization."""
+        """In the encoder's channels, size and normalization."""
+        given, wanted = images.shape[1], self.model.patch_embed.in_channels
+        if given == 1:
+            images = images.expand(-1, wanted, -1, -1)
+        elif given != wanted:
+            raise ValueError(
+                f"ImageEmbedder: {self.key!r} has {given} channels, the encoder takes {wanted}; set in_chans "
+                "of its model, or the channels of the data"
+            )
         if tuple(images.shape[2:]) != self._size():
             images = F.interpolate(images, self._size(), mode="bicubic", antialias=True)
-        channels = images.shape[1]
-        return images * self.scale[:, :channels] + self.shift[:, :channels]
+        return images * self.scale[:, :wanted] + self.shift[:, :wanted]
 
     def _size(self) -> tuple[int, int]:
         patches, sides = self.model.grid_size, self.model.patch_embed.patch_size
         return patches[0] * sides[0], patches[1] * sides[1]
+
+
+def _refuse(problems: Mapping[str, Collection[str]]) -> None:
+    """ValueError with every kind of problem that there are names for."""
+    found = [f"{kind}: {_some(sorted(names))}" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"ImageEmbedder: the weights do not fit the encoder: {'; '.join(found)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

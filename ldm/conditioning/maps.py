@@ -63,7 +63,8 @@ class SpatialRescaler(_Map):
         _check_map(self.key, values)
         for _ in range(self.stages):
             values = F.interpolate(values, scale_factor=self.multiplier, mode=self.method)
-        return self.channel_mapper(values)
+        mapper = self.channel_mapper
+        return mapper(values.to(mapper.weight.dtype) if isinstance(mapper, nn.Conv2d) else values)
 
 
 class _FirstStageMap(_Map):
@@ -99,7 +100,7 @@ class EncodedImage(_FirstStageMap):
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
         _check_map(self.key, values)
         with torch.no_grad():
-            latent = self.owner.first_stage_model.moments(values)[0]
+            latent = self.owner.moments(values)[0]
         return self.owner.normalize(latent) if self.scaled else latent
 
 

@@ -7,9 +7,11 @@ import operator
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from ldm.data.hashing import check_seed
+from ldm.data.wording import counted
 
 # A sample is asked for by index alone (the plain view) or by (index, position in the run).
 Entry = int | tuple[int, int]
@@ -48,9 +50,8 @@ def validation_mask(hashes: np.ndarray, validation: float | int) -> np.ndarray:
     """Which samples belong to validation, bool (N,), by their names' hashes uint64 (N,).
 
     A share takes every sample whose hash falls under it: files that are added later move nobody else. A count
-        takes
-    the smallest hashes. Equal hashes stay together. Training always keeps a sample, and validation gets at
-    least one of two or more when `validation` is above 0.
+    takes the smallest hashes. Equal hashes stay together. Training always keeps a sample, and validation gets
+    at least one of two or more when `validation` is above 0.
 
     Raises:
         ValueError: a count that leaves nothing to train on.
@@ -59,9 +60,8 @@ def validation_mask(hashes: np.ndarray, validation: float | int) -> np.ndarray:
         return np.zeros(len(hashes), dtype=bool)
     if isinstance(validation, int):
         if validation >= len(hashes):
-            raise ValueError(
-                f"validation={validation} leaves nothing to train on: there are {len(hashes)} images"
-            )
+            count = counted(len(hashes), "image")
+            raise ValueError(f"validation={validation} leaves nothing to train on of {count}")
         chosen = hashes <= np.partition(hashes, validation - 1)[validation - 1]
     else:
         chosen = hashes.astype(np.float64) * 2.0**-64 < validation
@@ -131,6 +131,11 @@ class ImageDataset(Dataset):
     def labels(self) -> np.ndarray | None:
         """int64 (len,) in [0, num_classes), or None without classes."""
         return None if self._labels is None else self._labels[self.rows]
+
+    @property
+    def sample_bytes(self) -> int:
+        """What the image of a sample takes on its way out of a worker process."""
+        return self.channels * self.size**2 * torch.float32.itemsize
 
     @property
     def num_classes(self) -> int:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shlex
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from ldm.data.dataset import Entry, ImageDataset, fingerprint_of, parse_entries
 from ldm.data.decode import MAX_PIXELS, BadImageError, read_image
 from ldm.data.hashing import flip_mask, hash64, name_hash
 from ldm.data.images import cut_square, normalize_pixels, parse_background, square_box, to_pixels
-from ldm.data.scan import EXTENSIONS, Scan, assign_classes, scan_folder, some
+from ldm.data.scan import EXTENSIONS, Scan, assign_classes, scan_folder
+from ldm.data.shared_memory import to_shared
+from ldm.data.wording import counted, some
 
 logger = logging.getLogger(__name__)
 
@@ -83,16 +86,16 @@ class ImageFolder(ImageDataset):
         scan = scan_folder(os.fspath(root), extensions)
         if scan.empty and on_error == "raise":
             raise ValueError(
-                f"{len(scan.empty)} image files under {scan.root} are empty (0 bytes): {some(scan.empty)}. "
-                + _WAYS_OUT
+                f"{scan.root} has {counted(len(scan.empty), 'empty image file')} (0 bytes): "
+                f"{some(scan.empty)}. {_ways_out(scan.root)}"
             )
         self.classes, self._labels = assign_classes(scan, layout)
         self.rows = np.arange(len(scan.paths))
         self._scan = scan
         # What is known about each file, shared with the worker processes: one byte, set and never cleared, so
         # that nobody has to lock.
-        self._bad = torch.zeros(len(scan.paths), dtype=torch.uint8).share_memory_()
-        self._enlarged = torch.zeros(len(scan.paths), dtype=torch.uint8).share_memory_()
+        self._bad = to_shared(torch.zeros(len(scan.paths), dtype=torch.uint8))
+        self._enlarged = to_shared(torch.zeros(len(scan.paths), dtype=torch.uint8))
         logger.log(
             logging.WARNING if scan.empty or scan.closed_folders else logging.INFO, "%s", self.summary()
         )
@@ -129,11 +132,11 @@ class ImageFolder(ImageDataset):
 
     def summary(self) -> str:
         """One line: what is there, what was ignored, what turned out bad."""
-        text = f"{self.root}: {len(self):,} images"
+        text = f"{self.root}: {counted(len(self), 'image')}"
         if self.part != "all":
             text += f" for {self.part}"
         if self.classes:
-            text += f" in {len(self.classes)} classes ({some(self.classes)})"
+            text += f" in {counted(len(self.classes), 'class', 'classes')} ({some(self.classes)})"
         if ignored := self._scan.ignored():
             text += f"; ignored {ignored}"
         if bad := self.bad_files():
@@ -162,11 +165,19 @@ class ImageFolder(ImageDataset):
         paths = self._scan.paths
         return np.array([name_hash(paths.bytes_at(i)) for i in range(len(paths))], dtype=np.uint64)
 
+    @property
+    def sample_bytes(self) -> int:
+        return super().sample_bytes // torch.float32.itemsize
+
     def __getitem__(self, entry: Entry) -> dict[str, torch.Tensor]:
+        sample = self.compact(entry)
+        return {**sample, "image": normalize_pixels(sample["image"])}
+
+    def compact(self, entry: Entry) -> dict[str, torch.Tensor]:
+        """A sample whose image is uint8 (C, H, W), a quarter of the bytes; see `normalize_pixels`."""
         indices, positions = parse_entries([entry], len(self))
         index, position = int(indices[0]), int(positions[0])
-        pixels, index = self._pixels_or_replacement(index, position)
-        image = normalize_pixels(pixels)
+        image, index = self._pixels_or_replacement(index, position)
         if self.flip and flip_mask(self.seed, positions)[0]:
             image = image.flip(-1)
         sample = {"image": image, "index": torch.tensor(index), "position": torch.tensor(position)}
@@ -182,7 +193,7 @@ class ImageFolder(ImageDataset):
                 return self._pixels(row, position), index
             except BadImageError as error:
                 if self.on_error == "raise":
-                    raise BadImageError(f"{error}. {_WAYS_OUT}") from error
+                    raise BadImageError(f"{error}. {_ways_out(self.root)}") from error
                 self._report_bad(row, error)
             index = int(hash64(0, "replacement", first, attempt)[0] % np.uint64(len(self)))
         raise BadImageError(
@@ -212,7 +223,7 @@ class ImageFolder(ImageDataset):
     def _report_enlarged(self, row: int, size: tuple[int, int]) -> None:
         if not self._enlarged.numpy().any():
             logger.warning(
-                "%s is %dx%d, smaller than size=%d, and is enlarged; `enlarged` counts the images like it.",
+                "%s is %dx%d, smaller than size=%d, and is enlarged, as are others like it (told once)",
                 self._full_path(row),
                 *size,
                 self.size,
@@ -220,10 +231,11 @@ class ImageFolder(ImageDataset):
         self._enlarged[row] = 1
 
 
-_WAYS_OUT = (
-    "Ways out: repair or remove the file (ldm.data.verify lists all such files), "
-    'or set on_error="report" to train without such files'
-)
+def _ways_out(root: str) -> str:
+    return (
+        f"`ldm verify {shlex.quote(root)}` lists all such files; data.params.on_error=report goes on without "
+        "them"
+    )
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 _SMALLEST_TILE = 64  # smaller images are enlarged, or a grid of them could not be seen
+_LEAD_GAP = 8  # pixels
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -50,3 +51,17 @@ def pixel_grid(pixels: np.ndarray, columns: int | None = None, padding: int = 2)
         top, left = (i // columns) * height + padding, (i % columns) * width + padding
         sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     return Image.fromarray(sheet)
+
+
+def led_rows(leads: np.ndarray, pixels: np.ndarray, each: int, padding: int = 2) -> Image.Image:
+    """A row for every lead: the lead, a gap, and `each` images of `pixels` in their order.
+
+    Args:
+        leads, pixels: uint8 tiles of one size, (R, H, W) or (R, H, W, 3), and up to R * each.
+    """
+    front, rows = pixel_grid(leads, 1, padding), pixel_grid(pixels, each, padding)
+    left = front.width + _LEAD_GAP
+    sheet = Image.new(rows.mode, (left + rows.width, max(front.height, rows.height)), "white")
+    sheet.paste(front, (0, 0))
+    sheet.paste(rows, (left, 0))
+    return sheet

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,17 @@ from ldm.data.dataset import Entry, parse_entries
 from ldm.data.encode import CAPTIONS, DTYPES, LABELS, MANIFEST, encode_into
 from ldm.data.hashing import check_seed, flip_mask
 from ldm.data.loader import make_loader
+from ldm.data.other_caches import tell_other_caches
 from ldm.data.sampler import SequentialBatches
 from ldm.data.statistics import MomentsFn, Progress
 from ldm.data.strings import StringTable
+from ldm.data.wording import counted
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+#: What a cache keeps of a sample besides its latent, where the images have it.
+BESIDE_LATENTS = ("label", "caption")
 
 
 class LatentCache:
@@ -124,7 +129,9 @@ class LatentCache:
                 problem = problem or _differences(manifest["made_from"], made_from)
                 if not problem:
                     return cls(directory, manifest)
-                logger.info("encoding %d images into %s: %s", len(dataset), directory, problem)
+                count = counted(len(dataset), "image")
+                logger.info("encoding %s into %s: %s", count, directory, problem)
+                tell_other_caches(directory, made_from["images"])
             batches = SequentialBatches(len(dataset), batch_size)
             loader = make_loader(dataset, batches, num_workers, pin_memory=False)
             with replacing(directory) as folder:
@@ -199,6 +206,11 @@ class LatentDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.cache)
+
+    @property
+    def sample_bytes(self) -> int:
+        """What a sample takes on its way out of a worker process: mean and std."""
+        return 2 * math.prod(self.cache.shape) * torch.float32.itemsize
 
     @property
     def num_classes(self) -> int:

@@ -1,15 +1,20 @@
 """The DataLoader that suits the machine."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ldm.data.shared_memory import batch_bytes, warn_unless_fitting, workers_that_fit
+from ldm.data.transport import WorkerSide, as_it_is, open_parcel
+from ldm.data.waiting import LOOK_AFTER, received
 
 _MAX_WORKERS = 8
 _LAST_SECONDS = 30  # that a worker lives on after a SIGTERM, unless it is ended in the ordinary way before
@@ -39,12 +44,15 @@ def worker_count(dataset: Dataset, ranks_on_node: int | None = None) -> int:
     """
     if getattr(dataset, "in_memory", False):
         return 0
-    ranks = ranks_on_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = available_cpus() // ranks
+    cores = available_cpus() // _ranks(ranks_on_node)
     share = cores - 1 if torch.cuda.is_available() else cores // 2
     if torch.cuda.is_available():
         share = max(share, 1)  # even a shared core reads while the GPU computes
     return min(share, _MAX_WORKERS)
+
+
+def _ranks(ranks_on_node: int | None) -> int:
+    return ranks_on_node or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def start_method() -> str | None:
@@ -83,6 +91,22 @@ def _start_worker(worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 
 
+class _WorkersLoader(DataLoader):
+    """A DataLoader over a `WorkerSide`: its batches are unpacked here, its errors are raised here."""
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            for parcel in received(super().__iter__()):
+                yield open_parcel(parcel)
+        except Exception:
+            # The error's traceback holds this loader: without a word its workers would stay until the end.
+            if self._iterator is not None:
+                with contextlib.suppress(RuntimeError):  # one of them may be dead, which torch raises again
+                    self._iterator._shutdown_workers()
+                self._iterator = None
+            raise
+
+
 def make_loader(
     dataset: Dataset,
     batch_sampler: Sampler,
@@ -94,6 +118,9 @@ def make_loader(
     collate_fn: Callable = collate,
 ) -> DataLoader:
     """A DataLoader over batches of entries; what it yields does not depend on the number of workers.
+
+    Workers hand images over as uint8 where the data set can (`compact`), and "auto" takes no more of them
+    than the shared memory has room for; see `ldm.data.shared_memory`, `transport` and `waiting`.
 
     Args:
         dataset: map-style; one of this package's, or anything whose samples are dicts.
@@ -108,13 +135,21 @@ def make_loader(
 
     Raises:
         ValueError: num_workers is neither "auto" nor a count.
+
+    Iterating raises, besides what the data set does:
+        SharedMemoryFull, LostWorker: (OSErrors) see there.
     """
+    compact = hasattr(dataset, "compact") and collate_fn is collate
+    batch, ranks = batch_bytes(dataset, batch_sampler), _ranks(ranks_on_node)
     if num_workers == "auto":
-        num_workers = worker_count(dataset, ranks_on_node)
+        num_workers = workers_that_fit(worker_count(dataset, ranks), batch, prefetch, ranks)
     elif isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f'num_workers must be "auto" or a count of processes, got {num_workers!r}')
+    else:
+        warn_unless_fitting(num_workers, batch, prefetch, ranks)
     workers: dict = {}
     if num_workers:
+        dataset, collate_fn = WorkerSide(dataset, collate_fn, compact), as_it_is
         method = start_method() if multiprocessing_context == "auto" else multiprocessing_context
         context = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -124,8 +159,9 @@ def make_loader(
             worker_init_fn=_start_worker,
             persistent_workers=True,
             prefetch_factor=prefetch,
+            timeout=LOOK_AFTER,
         )
-    return DataLoader(
+    return (_WorkersLoader if num_workers else DataLoader)(
         dataset,
         batch_sampler=batch_sampler,
         num_workers=num_workers,

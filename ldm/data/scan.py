@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ldm.data.strings import StringTable
+from ldm.data.wording import counted, some
 
 logger = logging.getLogger(__name__)
 
@@ -38,27 +39,26 @@ class Scan:
         """What was left out, in words; empty when nothing was."""
         parts = []
         if self.loose:
-            parts.append(f"{self.loose} images beside the class folders")
+            parts.append(f"{counted(self.loose, 'image')} beside the class folders")
         if self.other:
             kinds = ", ".join(f"{ext or 'no extension'} {count}" for ext, count in self.other.most_common(5))
-            parts.append(f"{self.other.total()} files of other kinds ({kinds})")
+            count = self.other.total()
+            parts.append(f"{counted(count, 'file of another kind', 'files of other kinds')} ({kinds})")
         if self.hidden:
             parts.append(f"{self.hidden} hidden")
-        for names, words in (
-            (self.empty, "empty files"),
-            (self.broken_links, "broken links or special files"),
-            (self.repeated_folders, "links to folders that are read already"),
-            (self.closed_folders, "folders that may not be read"),
+        for names, *words in (
+            (self.empty, "empty file"),
+            (self.broken_links, "broken link or special file", "broken links or special files"),
+            (
+                self.repeated_folders,
+                "link to a folder that is read already",
+                "links to folders that are read already",
+            ),
+            (self.closed_folders, "folder that may not be read", "folders that may not be read"),
         ):
             if names:
-                parts.append(f"{len(names)} {words} ({some(names)})")
+                parts.append(f"{counted(len(names), *words)} ({some(names)})")
         return ", ".join(parts)
-
-
-def some(names: list[str], count: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def parse_extensions(extensions: Iterable[str]) -> tuple[str, ...]:
@@ -107,7 +107,8 @@ def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
             result.closed_folders.append(relative)
         if time.monotonic() - logged > _PROGRESS_SECONDS:
             logged = time.monotonic()
-            logger.info("scanning %s: %d images in %d folders so far", root, len(records), len(visited))
+            found = f"{counted(len(records), 'image')} in {counted(len(visited), 'folder')}"
+            logger.info("scanning %s: %s so far", root, found)
     records.sort()
     result.folders = len(visited)
     result.paths = StringTable.from_bytes(path for path, _, _ in records)
@@ -118,7 +119,8 @@ def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
     if not records:
         found = result.ignored() or "nothing"
         raise ValueError(
-            f"no images under {root}: looked for {', '.join(extensions)} in {result.folders} folder(s), "
+            f"no images under {root}: looked for {', '.join(extensions)} in "
+            f"{counted(result.folders, 'folder')}, "
             f"found {found}"
         )
     return result
@@ -184,7 +186,7 @@ def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarra
             "the classes of %s are called %s, like the parts of a dataset: set root to one of them if that "
             "is what they are.",
             scan.root,
-            ", ".join(classes),
+            some(classes),
         )
     return classes, labels
 

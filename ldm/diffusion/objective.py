@@ -3,7 +3,9 @@
 Every random number is handed in, so a loss is a pure function of its arguments.
 """
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,19 @@ from ldm.diffusion.schedule import shift_time
 
 
 class TimeUniform:
-    """Unit time, uniform in (0, 1), moved towards noise by `shift` (see `shift_time`, `resolution_shift`)."""
+    """Unit time, uniform in (0, 1), moved towards noise by `shift` (see `shift_time`).
 
-    def __init__(self, shift: float = 1.0):
-        if not shift > 0:
-            raise ValueError(f"shift is {shift}, must be above 0")
+    In a training config `shift: auto` is the latents' own, `resolution_shift`.
+    """
+
+    def __init__(self, shift: float | Literal["auto"] = 1.0):
+        if shift == "auto":
+            raise ValueError(
+                "shift: auto stands in training configs, where the latents' shape fills it in; see "
+                "ldm.diffusion.schedule.resolution_shift"
+            )
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift is {shift}, must be a finite number above 0")
         self.shift = shift
 
     def __call__(self, u: torch.Tensor) -> torch.Tensor:
@@ -30,7 +40,7 @@ class TimeUniform:
 class TimeLogitNormal(TimeUniform):
     """Unit time sigmoid(N(mean, std^2)), then `shift` (SD3, eq. 19); in sigma this is EDM's log-normal."""
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, shift: float = 1.0):
+    def __init__(self, mean: float = 0.0, std: float = 1.0, shift: float | Literal["auto"] = 1.0):
         super().__init__(shift)
         if not std > 0:
             raise ValueError(f"std is {std}, must be above 0")

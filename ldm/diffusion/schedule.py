@@ -295,9 +295,9 @@ class FlowSchedule:
         """`steps` equal steps in t from 1 to 0, moved by `shift_time`; falling, float64 (steps + 1,)."""
         if spacing not in self.SPACINGS:
             raise ValueError(f"spacing is {spacing!r}, must be one of {', '.join(self.SPACINGS)}")
-        if steps < 1 or not shift > 0:
+        if steps < 1 or not 0 < shift < math.inf:
             raise ValueError(
-                f"steps is {steps} and shift {shift}; at least 1 step and a shift above 0 are needed"
+                f"steps is {steps} and shift {shift}; at least 1 step and a finite shift above 0 are needed"
             )
         t = _linspace(1, 0, steps + 1)
         return self.sigma(1000 * shift_time(t, shift))

@@ -5,6 +5,7 @@ Rombach et al. 2021 (arXiv:2112.10752), appendix G, and the losses of its code (
 """
 
 import os
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,9 @@ class AutoencoderLoss(nn.Module):
     `perceptual`: "lpips" (weights are fetched on first use; `vgg_path`, `lpips_path` are local copies),
     "efficientnet" (offline), None, or a module of (x, r) -> (B, 1, 1, 1). `disc_conditional`: a condition
     comes with every call, image-like (B, C, H, W) and counted in `disc_in_channels`, or with
-    `disc_num_classes` labels (B,). `logvar` is one number, trained only with `learn_logvar`, and used for KL
-    alone, as in the original. Everything is reduced in float32, under autocast too.
+    `disc_num_classes` labels (B,), which `auto` in a training config counts in the data. `logvar` is one
+    number, trained only with `learn_logvar`, and used for KL alone, as in the original. Everything is reduced
+    in float32, under autocast too.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class AutoencoderLoss(nn.Module):
         disc_in_channels: int = 3,
         use_actnorm: bool = False,
         disc_conditional: bool = False,
-        disc_num_classes: int | None = None,
+        disc_num_classes: int | Literal["auto"] | None = None,
         logvar_init: float = 0.0,
         learn_logvar: bool = False,
         normalize: str | None = None,
@@ -73,6 +75,8 @@ class AutoencoderLoss(nn.Module):
         _check_choice("normalize", normalize, (None, "batch", "element"))
         if disc_num_classes is not None and not disc_conditional:
             raise ValueError("disc_num_classes needs disc_conditional: true")
+        if disc_num_classes == "auto":
+            raise ValueError("disc_num_classes: auto stands in training configs, where the data fills it in")
         self.pixel, self.pixel_weight, self.perceptual_weight = pixel, pixel_weight, perceptual_weight
         self.kl_weight, self.codebook_weight, self.normalize = kl_weight, codebook_weight, normalize
         self.disc_start, self.disc_weight, self.disc_factor = disc_start, disc_weight, disc_factor

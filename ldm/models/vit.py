@@ -161,6 +161,8 @@ class VisionTransformer(nn.Module):
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
         dynamic_img_size: take every multiple of the patch size, with interpolated positions.
         use_checkpoint: recompute each block in the backward pass (less memory, more time).
+        init_std: deviation of the matrices before training; networks much narrower than the published ones
+            learn faster from about 1 / sqrt(embed_dim).
 
     Raises:
         ValueError: unknown `size`, or a number missing without it; sizes that do not divide;
@@ -187,6 +189,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
         use_checkpoint: bool = False,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         numbers = _numbers(
@@ -237,16 +240,16 @@ class VisionTransformer(nn.Module):
         self.head_dist = None
         if distilled:
             self.head_dist = nn.Linear(features, num_classes) if num_classes else nn.Identity()
-        self._initialize()
+        self._initialize(init_std)
 
-    def _initialize(self) -> None:
-        """Normal(0, 0.02), cut at two deviations, for matrices, tokens and positions; zero for biases."""
+    def _initialize(self, std: float) -> None:
+        """Normal, cut at two deviations: `std` for matrices, 0.02 for tokens and positions. Zero biases."""
         for parameter in (self.cls_token, self.pos_embed, self.dist_token):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

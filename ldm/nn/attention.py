@@ -90,8 +90,10 @@ def _se(in_channels: int, num_groups: int, reduction: int = 16) -> nn.Module:
     return SqueezeExcitation(in_channels, reduction)
 
 
-def _cbam(in_channels: int, num_groups: int, reduction: int = 16, kernel_size: int = 7) -> nn.Module:
-    return CBAM(in_channels, reduction, kernel_size)
+def _cbam(
+    in_channels: int, num_groups: int, reduction: int = 16, kernel_size: int = 7, parts: str = "both"
+) -> nn.Module:
+    return CBAM(in_channels, reduction, kernel_size, parts)
 
 
 def _eca(in_channels: int, num_groups: int, gamma: float = 2.0, b: float = 1.0) -> nn.Module:
@@ -125,7 +127,8 @@ def make_attn(
         attn_type: a key of `ATTENTION_BUILDERS`: `vanilla` and `linear` mix positions; `se`, `cbam` and `eca`
             weigh channels (cbam also places); `none` does nothing.
         num_groups: of the GroupNorm, where the kind has one.
-        options: of the kind: `reduction` (se, cbam), `kernel_size` (cbam), `gamma` and `b` (eca).
+        options: of the kind: `reduction` (se, cbam), `kernel_size` and `parts` (cbam: both, channel or
+            spatial), `gamma` and `b` (eca).
 
     Raises:
         ValueError: unknown `attn_type` or option (the message lists what exists), or a number that does not

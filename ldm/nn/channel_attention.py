@@ -95,28 +95,37 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.conv1(pooled))
 
 
+CBAM_PARTS = ("both", "channel", "spatial")
+
+
 class CBAM(nn.Module):
     """Channel attention, then spatial attention on its result (Woo et al. 2018,
-    https://arxiv.org/abs/1807.06521, eq. 1).
+    https://arxiv.org/abs/1807.06521, eq. 1), or one of the two alone.
 
     Args:
         channels: of input and output.
         reduction: of the channel attention.
         kernel_size: of the spatial attention, odd.
+        parts: "both", "channel" or "spatial".
 
     Raises:
-        ValueError: see `ChannelAttention` and `SpatialAttention`.
+        ValueError: no such `parts`; see also `ChannelAttention` and `SpatialAttention`.
     """
 
-    def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7) -> None:
+    def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7, parts: str = "both") -> None:
         super().__init__()
-        self.channelattention = ChannelAttention(channels, reduction)
-        self.spatialattention = SpatialAttention(kernel_size)
+        if parts not in CBAM_PARTS:
+            raise ValueError(f"CBAM: parts={parts!r} does not exist; there are: {', '.join(CBAM_PARTS)}")
+        self.channelattention = ChannelAttention(channels, reduction) if parts != "spatial" else None
+        self.spatialattention = SpatialAttention(kernel_size) if parts != "channel" else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x = x * self.channelattention(x)
-        return x * self.spatialattention(x)
+        if self.channelattention is not None:
+            x = x * self.channelattention(x)
+        if self.spatialattention is not None:
+            x = x * self.spatialattention(x)
+        return x
 
 
 def eca_kernel_size(channels: int, gamma: float = 2.0, b: float = 1.0) -> int:

@@ -31,7 +31,8 @@ def attend(
         key: (B, heads, M, d_k).
         value: (B, heads, M, d_v); d_v need not be d_k.
         mask: bool, or integers of which 0 is False; True where a key may be attended to. (B, M) for all
-            queries alike, (B, N, M), or (B, heads or 1, N, M). Every query needs at least one such key.
+            queries alike, (B, N, M), or (B, heads or 1, N, M). Every query needs at least one such key; one
+            that has none gets zeros.
         dropout: probability that an attention weight is zero; the caller passes 0 outside of training.
         causal: query i sees the keys 0 to i alone, besides what `mask` says.
 

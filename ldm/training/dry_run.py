@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from ldm.training.run import check_images
 from ldm.training.run_config import load_run
 
 
@@ -13,6 +14,7 @@ def dry_run(path: str | Path, overrides: Iterable[str] = ()) -> str:
     cached and not measured, and no run folder is made.
     """
     cfg, run = load_run(path, overrides)
+    check_images(cfg, run)
     # Only now: a mistake in the config should not wait for torch and Lightning to be imported.
     from ldm.training.trial import one_step
 

@@ -122,7 +122,7 @@ def cached_and_normalised(
     latents = Latents(run, model.first_stage_model, device)
     names = ("train", "validation")
     measured = None
-    if run.cache and run.first_stage is not None:
+    if run.cached:
         caches = [part and latents.cache(part, name) for part, name in zip(parts, names, strict=True)]
         parts = [cache and cache.dataset() for cache in caches]
         measured = caches[0].latent_mean, caches[0].latent_std

@@ -137,8 +137,9 @@ def _announce(run: RunConfig, stage: Stage, trainer: pl.Trainer) -> None:
     held_out = len(stage.validation) if stage.validation is not None else 0
     log.info("%s: %s, %.2f M trained parameters", run.folder, run.task, trained / 1e6)
     log.info(
-        "data: %d images to train on, %d held out; %d steps of %d",
-        *(len(stage.train), held_out, training.steps, training.batch_size),
+        "data: %d image%s to train on, %d held out; %d step%s of %d",
+        *(len(stage.train), "" if len(stage.train) == 1 else "s", held_out),
+        *(training.steps, "" if training.steps == 1 else "s", training.batch_size),
     )
     device = torch.cuda.get_device_name() if uses_gpu(training) else f"CPU, {torch.get_num_threads()} threads"
     log.info("device: %d x %s, precision %s", trainer.world_size, device, trainer.precision)

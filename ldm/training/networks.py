@@ -5,10 +5,20 @@ import ctypes
 import torch
 from torch import nn
 
+from ldm.models import vit
+from ldm.models.dit import DiTBlock
+from ldm.nn.attention import AttentionBlock
 from ldm.nn.resblock import ResBlock, TimestepResBlock
 from ldm.nn.transformer import SpatialTransformer
 
-BLOCKS: tuple[type[nn.Module], ...] = (ResBlock, TimestepResBlock, SpatialTransformer)
+BLOCKS: tuple[type[nn.Module], ...] = (
+    ResBlock,
+    TimestepResBlock,
+    AttentionBlock,
+    SpatialTransformer,
+    DiTBlock,
+    vit.Block,
+)
 
 
 def channels_last(module: nn.Module) -> nn.Module:

@@ -1,9 +1,11 @@
 """`train`: one command from a YAML to a run folder; the same command again continues it."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.training.run_config import load_run
+from ldm import config as configuration
+from ldm.training.run_config import RunConfig, load_run
 
 
 def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
@@ -15,11 +17,31 @@ def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
     Raises:
         ValueError: mistakes in the config, data that does not fit, a folder that holds another run, a
             gradient that stays infinite or not a number.
-        OSError: a checkpoint cannot be written.
+        OSError: a checkpoint cannot be written, or a process that reads images has died.
         KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM); its checkpoint is written.
     """
     cfg, run = load_run(path, overrides)
+    pass
     # Only now: a mistake in the config should not wait for torch and Lightning to be imported.
+    from ldm.data.waiting import clear_worker_errors
     from ldm.training.fit import fit
 
-    return fit(cfg, run)
+    with clear_worker_errors():
+        return fit(cfg, run)
+
+
+def check_images(cfg, run: RunConfig) -> None:
+    """ValueError where a run that is to begin names a folder of images that is not there.
+
+    The data set says the same, many seconds of importing later. A run with checkpoints may be complete and
+    need no images any more.
+    """
+    if cfg.data.get("target") not in ("ldm.data.ImageFolder", "ldm.data.folder.ImageFolder"):
+        return
+    root = (configuration.to_plain(cfg.data).get("params") or {}).get("root")
+    if not isinstance(root, str) or (run.folder / "checkpoints").exists():
+        return
+    root = os.path.abspath(os.path.expanduser(root))
+    if not os.path.isdir(root):
+        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
+        raise ValueError(f"image folder {root} {what}")

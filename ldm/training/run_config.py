@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from ldm import config as configuration
+from ldm import signatures
+from ldm.training.from_run import from_run as from_run  # makes ${from_run:...} known
 from ldm.training.settings import (
     AugmentSettings,
     LoggingSettings,
@@ -96,6 +98,11 @@ class DiffusionRun(RunConfig):
         if self.latent_scale != "auto" and not self.latent_scale > 0:
             raise ValueError(f"latent_scale must be a number above 0, or auto, got {self.latent_scale}")
 
+    @property
+    def cached(self) -> bool:
+        """Whether training reads latents from disk; models of pixels have none."""
+        return self.cache and self.first_stage is not None
+
 
 @dataclass(kw_only=True)
 class ClassifierRun(RunConfig):
@@ -135,27 +142,10 @@ SECTIONS: dict[str, type] = {
 }
 
 
-def from_run(run: str | None, key: str) -> Any:
-    """A value from another run's `config.yaml`; in a YAML `${from_run:${first_stage},data.params.root}`.
-
-    `run` may also be the YAML of a run that has not begun, for those who plan.
-    """
-    if run is None:
-        raise ValueError(f"there is no run to take {key} from; give {key}=... yourself")
-    file = Path(run) if Path(run).suffix in (".yaml", ".yml") else Path(run) / "config.yaml"
-    if not file.is_file():
-        raise ValueError(
-            f"{run} is no run folder (it has no config.yaml) to take {key} from; give {key}=... yourself"
-        )
-    value = OmegaConf.select(OmegaConf.load(file), key)
-    if value is None:
-        raise ValueError(f"{file} has no {key}; give {key}=... yourself")
-    return value
-
-
-# OmegaConf renamed the function in 2.4.
-register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
-register("from_run", from_run, replace=True)
+def _sections_of(kind: type[RunConfig]) -> dict[str, type]:
+    """Those of `SECTIONS` that this kind of run has."""
+    own = {f.name for f in fields(kind)}
+    return {path: section for path, section in SECTIONS.items() if path.split(".")[0] in own}
 
 
 def load_run(
@@ -169,7 +159,7 @@ def load_run(
         ConfigError: every mistake found, with its place.
     """
     kind = KINDS.get(_task(path))
-    sections = SECTIONS if kind is None else {**SECTIONS, "": kind}
+    sections = SECTIONS if kind is None else {**_sections_of(kind), "": kind}
     cfg = configuration.load(path, list(overrides), sections=sections, assumed=assumed)
     task = cfg.get("task")
     if task not in KINDS:
@@ -220,27 +210,46 @@ def _task(path: str | Path) -> str | None:
     return None
 
 
-def fill_classes(tree: Any, classes: list[str] | None) -> None:
-    """Replace every `num_classes: auto` in a config's tree by the number of classes of the data, in place.
+def fill_classes(tree: Any, classes: list[str] | None, absent: int = 0) -> None:
+    """Replace every `num_classes: auto`, and the discriminator's `disc_num_classes: auto`, in a config's tree
+    by the number of classes of the data, in place.
+
+    A `network` that embeds labels itself also counts the absent class, as `ClassLabel` does: `absent` rows
+    more.
 
     Raises:
         ValueError: the data has no classes.
     """
     if isinstance(tree, dict | DictConfig):
-        if "num_classes" in tree and tree["num_classes"] == "auto":
-            tree["num_classes"] = _count(classes)
-        for value in tree.values():
-            fill_classes(value, classes)
+        for name in ("num_classes", "disc_num_classes"):
+            if name in tree and tree[name] == "auto":
+                tree[name] = _count(name, classes) + absent
+        for name, value in tree.items():
+            fill_classes(value, classes, _absent_rows(value) if name == "network" else absent)
     elif isinstance(tree, list | ListConfig):
         for item in tree:
-            fill_classes(item, classes)
+            fill_classes(item, classes, absent)
 
 
-def _count(classes: list[str] | None) -> int:
-    if not classes:
-        raise ValueError(
-            "the model is conditioned on classes (num_classes: auto), but the data has none. An image folder "
-            "has classes when its images lie in subfolders, one a class; for a model without classes set "
-            "conditioner=null"
-        )
-    return len(classes)
+def _absent_rows(network: Any) -> int:
+    """1 where a network's table needs a row for the absent class; a DiT's has that row by itself."""
+    from ldm.models.dit import DiT
+
+    if not isinstance(network, dict | DictConfig) or "target" not in network:
+        return 0
+    found = signatures.resolve_target(network["target"], allow_foreign=True)
+    return 0 if isinstance(found, type) and issubclass(found, DiT) else 1
+
+
+def _count(name: str, classes: list[str] | None) -> int:
+    if classes:
+        return len(classes)
+    without = {
+        "num_classes": "take configs/diffusion/uncond-unet-f8.yaml for a diffusion model without classes",
+        "disc_num_classes": "for a discriminator without classes set loss.params.disc_conditional=false and "
+        "loss.params.disc_num_classes=null",
+    }
+    raise ValueError(
+        f"the model is conditioned on classes ({name}: auto), but the data has none. An image folder has "
+        f"classes when its images lie in subfolders, one a class; {without[name]}"
+    )

@@ -18,7 +18,8 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-#: What may change between two starts of one run without making it another run.
+#: What may change between two starts of one run without making it another run. So may the folder of the
+#: images if they are the same: see `RunFolder._compare`.
 MAY_CHANGE = (
     "name",
     "runs",
@@ -33,7 +34,10 @@ MAY_CHANGE = (
     "training.keep",
     "training.max_bad_steps",
     "training.compile",
+    "data.params.on_error",
+    "data.params.max_pixels",
 )
+_ROOT = "data.params.root"
 #: What a killed run can leave half written.
 _LEFTOVERS = ("checkpoints/.*.partial", ".*.partial", ".config.yaml.*.tmp", "logs/*.tmp")
 
@@ -92,7 +96,7 @@ class RunFolder:
         """
         state, self._damaged = self._newest()
         if state is not None or self.model.exists():
-            self._compare(config)
+            self._compare(config, (state or {}).get("data"))
         if state is None and self.model.exists():
             raise ValueError(
                 f"{self.path} holds a trained model, but no checkpoint to continue from. Give this run "
@@ -118,7 +122,8 @@ class RunFolder:
         """The newest checkpoint that is whole, for a process that only reads."""
         return self._newest()[0]
 
-    def _compare(self, config: Mapping) -> None:
+    def _compare(self, config: Mapping, data: Mapping | None) -> None:
+        """`data` is the identity of the images that the run has seen, where a checkpoint tells it."""
         if not self.config.exists():
             raise ValueError(f"{self.path} holds a run without its config.yaml; give this one another name")
         changed = [
@@ -126,12 +131,20 @@ class RunFolder:
             for line in configuration.differences(complete(*load_run(self.config)), config)
             if not line.startswith(tuple(f"{key}{mark}" for key in MAY_CHANGE for mark in ":."))
         ]
+        advice = "Give this one another name (name=...), or delete the folder to start over."
+        if data is not None and len(changed) == 1 and changed[0].startswith(f"{_ROOT}: "):
+            if _same_images(config, data):
+                log.info("the same images, in another place: %s", changed.pop())
+            else:
+                advice = (
+                    "The images there are not those of this run, by their paths, sizes or dates. To move "
+                    "them, keep their dates (`cp -a`, `rsync -a`) or leave a link in the old place. For "
+                    "others: "
+                    f"{advice[0].lower()}{advice[1:]}"
+                )
         if changed:
-            raise ValueError(
-                f"{self.path} holds a run of another config:\n  "
-                + "\n  ".join(changed)
-                + "\nGive this one another name (name=...), or delete the folder to start over."
-            )
+            lines = "\n  ".join(changed)
+            raise ValueError(f"{self.path} holds a run of another config:\n  {lines}\n{advice}")
 
     def _newest(self) -> tuple[dict | None, list[Path]]:
         """The newest state that can be read, and the damaged files after it, each named loudly."""
@@ -190,6 +203,12 @@ class RunFolder:
         weights = "ema" if state["ema"] else "raw"
         described = dict(state["description"], weights=weights, step=state["step"])
         native.save_model(self.model, {**state["model"], **state["ema"]}, described)
+
+
+def _same_images(config: Mapping, seen: Mapping) -> bool:
+    """Whether this config's training images are those that a run has seen, wherever they lie."""
+    train = configuration.instantiate(config["data"], allow_foreign=True).split("train")
+    return train.fingerprint() == seen["fingerprint"]
 
 
 def _system_error(error: BaseException | None) -> str | None:

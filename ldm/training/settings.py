@@ -166,6 +166,8 @@ class SamplingSettings:
     guidance: classifier-free guidance, 1 for none.
     spacing: how the steps are spaced, None for the schedule's own way.
     eta: randomness of ddim.
+    shift: how far the steps of a flow model are moved towards noise (`ldm.diffusion.schedule.shift_time`);
+        `auto` follows from the latents' shape (`resolution_shift`), None is the schedule's own, 1.
     """
 
     sampler: str = "euler"
@@ -173,11 +175,14 @@ class SamplingSettings:
     guidance: float = 1.0
     spacing: str | None = None
     eta: float | None = None
+    shift: float | Literal["auto"] | None = None
 
     def __post_init__(self):
         from ldm.diffusion.samplers import SAMPLERS
 
         _positive(steps=self.steps)
+        if self.shift != "auto":
+            _positive(shift=self.shift)
         _not_negative(eta=self.eta)
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is unknown; there are {', '.join(sorted(SAMPLERS))}")

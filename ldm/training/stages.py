@@ -1,7 +1,8 @@
 """From a checked config to what a run needs: data, model, task, pictures."""
 
+import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch.utils.data import Dataset
 from ldm import config as configuration
 from ldm.checkpoints import load, native
 from ldm.checkpoints.strict import load_strict
+from ldm.conditioning import Conditioner
 from ldm.data import SequentialBatches, make_loader
+from ldm.data.latents import BESIDE_LATENTS
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.losses import AutoencoderLoss
 from ldm.training.autoencoder import AutoencoderTask
@@ -26,11 +29,15 @@ from ldm.training.first_stage import (
     keep_first_stage,
     load_first_stage,
 )
+from ldm.training.from_run import not_repeated
 from ldm.training.networks import channels_last
 from ldm.training.pictures import Reconstructions, Samples
 from ldm.training.run_config import AutoencoderRun, ClassifierRun, DiffusionRun, RunConfig, fill_classes
 from ldm.training.settings import LoggingSettings, TrainingSettings
+from ldm.training.shift import fill_shift, filled_shift
 from ldm.training.task import Task
+
+log = logging.getLogger(__name__)
 
 #: What a data set must have besides items, to be trained on.
 DATA_SET = ("split", "set_seed", "fingerprint", "classes", "size", "channels")
@@ -122,6 +129,7 @@ def start_from(model: nn.Module, path: str, cfg) -> None:
 
 def autoencoder_stage(run: AutoencoderRun, cfg, resuming: bool) -> Stage:
     train, validation = build_data(run, cfg)
+    fill_classes(cfg, train.classes)
     torch.manual_seed(run.seed)
     model = channels_last(configuration.instantiate(cfg.model, allow_foreign=True))
     loss = channels_last(configuration.instantiate(cfg.loss, allow_foreign=True))
@@ -183,16 +191,18 @@ def diffusion_stage(
     train, validation = build_data(run, cfg)
     first_stage, first_stage_part = load_first_stage(source, train.channels, run.first_stage_config)
     _check_images(first_stage, train)
+    if not resuming and (lacks := not_repeated(run, cfg)):
+        said = ", ".join(lacks)
+        log.warning("note: the first stage was trained with %s, which this config does not say", said)
     fill_classes(cfg, train.classes)
     size = [train.size, train.size]
     model = _build_model(run, cfg, first_stage, size)
-    if "label" in model.conditioner.keys and not train.classes:
-        raise ValueError(
-            "the conditioner reads labels, but the data has no classes (one subfolder a class makes them)"
-        )
-    if not resuming:
+    fill_shift(cfg, model.latent_shape)
+    run.sampling = replace(run.sampling, shift=filled_shift(run.sampling.shift, model.latent_shape))
+    _check_conditions(model.conditioner, train, run.cached)
+    if run.init_from is None and not resuming:
         load_encoders(model.conditioner)
-    draw = Samples(run.sampling, run.logging.images, train.classes, run.seed)
+    draw = Samples(run.sampling, run.logging.images, train.classes, run.seed, validation or train)
     draw.rehearse(model)
     if run.init_from is not None and not resuming:
         _start_from_diffusion(model, run.init_from, cfg)
@@ -219,6 +229,19 @@ def diffusion_stage(
             keep_first_stage(folder, first_stage, first_stage_part)
 
     return Stage(train, validation, task, description, identity, draw, keep)
+
+
+def _check_conditions(conditioner: Conditioner, train: Dataset, cached: bool) -> None:
+    if "label" in conditioner.keys and not train.classes:
+        raise ValueError(
+            "the conditioner reads labels, but the data has no classes (one subfolder a class makes them)"
+        )
+    for embedder in conditioner.embedders if cached else ():
+        if not {embedder.key, *embedder.also} & set(BESIDE_LATENTS):
+            raise ValueError(
+                f"the conditioner's {type(embedder).__name__} reads {embedder.key!r}, but cached latents are "
+                "without the images they were made from; set cache=false, which encodes every batch anew"
+            )
 
 
 def _build_model(run: DiffusionRun, cfg, first_stage: nn.Module, size: list[int]) -> LatentDiffusion:

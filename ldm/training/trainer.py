@@ -43,7 +43,8 @@ class TrainingData(pl.LightningDataModule):
             start_step=self.start_step,
             steps=self.training.steps,
         )
-        return make_loader(self.stage.train, sampler, self.training.workers)
+        ranks = self.trainer.num_devices  # of this machine
+        return make_loader(self.stage.train, sampler, self.training.workers, ranks_on_node=ranks)
 
 
 def check_batch(training: TrainingSettings, devices: int) -> None:

@@ -1,0 +1,84 @@
+"""Images that a command is given: found, cut as training images are, and named where they cannot be read."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data import BadImageError, SequentialBatches, make_loader
+from ldm.data.decode import read_image
+from ldm.data.images import cut_square, square_box, to_pixels
+from ldm.data.scan import scan_folder
+from ldm.signatures import did_you_mean
+
+log = logging.getLogger(__name__)
+
+FEW = 64  # images that one process reads faster than others start
+
+
+def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
+    """(folder, paths below it with "/" between parts, what cannot be read and why)."""
+    if images.is_file():
+        return images.parent, [images.name], []
+    if not images.exists():
+        beside = [path.name for path in images.parent.iterdir()] if images.parent.is_dir() else []
+        hint = did_you_mean(images.name, beside, "" if images.parent == Path() else f"{images.parent}/")
+        raise FileNotFoundError(f"{images} does not exist{hint}")
+    scan = scan_folder(str(images))
+    unreadable = [(path, "empty file (0 bytes)") for path in scan.empty]
+    unreadable += [(path, "broken link or special file") for path in scan.broken_links]
+    unreadable += [(path, "folder that may not be read") for path in scan.closed_folders]
+    if scan.ignored():
+        log.info("%s: %d images; ignored %s", images, len(scan.paths), scan.ignored())
+    return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
+
+
+def refuse_inside(out: Path, images: Path) -> None:
+    """ValueError where results would lie among the images that they are made of."""
+    if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"--out {out} lies inside {images}, whose images would then include the results")
+
+
+class Pictures(Dataset):
+    """Files as training sees them in its plain view: upright, the centre, resized; uint8 (C, size, size)."""
+
+    def __init__(self, folder: Path, paths: list[str], size: int, channels: int):
+        self.folder, self.paths, self.size, self.channels = folder, paths, size, channels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.folder, *self.paths[index].split("/"))
+
+    def pixels(self, index: int) -> Tensor:
+        """ValueError (BadImageError, mostly) where the file cannot be read."""
+        decoded = read_image(self.path(index), shrink_to=self.size)
+        box = square_box(*decoded.size, self.size, "center", (1.0, 1.0), 0, -1)
+        return to_pixels(cut_square(decoded, box, self.size), self.channels)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        """The image, or the reason why there is none."""
+        try:
+            return index, self.pixels(index)
+        except BadImageError as error:
+            return index, str(error).removeprefix(f"{self.path(index)}: ")
+        except ValueError as error:  # a mode without a defined brightness
+            return index, str(error)
+
+    def batches(
+        self, size: int, workers: int | None = None
+    ) -> Iterator[tuple[list[int], Tensor | None, list[tuple[str, str]]]]:
+        """Of `size` files at a time: the places of those that can be read, their pixels (B, C, H, W), and
+        path and reason of the others."""
+        if workers is None:
+            workers = 0 if len(self) <= FEW else "auto"
+        for batch in make_loader(self, SequentialBatches(len(self), size), workers, collate_fn=list):
+            bad = [(self.paths[i], reason) for i, reason in batch if isinstance(reason, str)]
+            good = [(i, pixels) for i, pixels in batch if not isinstance(pixels, str)]
+            stacked = torch.stack([pixels for _, pixels in good]) if good else None
+            yield [i for i, _ in good], stacked, bad
