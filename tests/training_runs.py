@@ -1,6 +1,7 @@
 """Tiny training runs for tests: images, configs of both stages, and commands as real processes."""
 
 import atexit
+import copy
 import csv
 import json
 import os
@@ -112,7 +113,7 @@ def write_images(
 
 
 def autoencoder_config(images: Path, runs: Path, name: str = "ae") -> dict:
-    return {
+    config = {
         "task": "autoencoder",
         "name": name,
         "runs": str(runs),
@@ -122,10 +123,11 @@ def autoencoder_config(images: Path, runs: Path, name: str = "ae") -> dict:
         "training": TRAINING,
         "logging": LOGGING,
     }
+    return copy.deepcopy(config)  # a test may change its own
 
 
 def diffusion_config(images: Path, runs: Path, first_stage: Path | None, name: str = "ldm") -> dict:
-    return {
+    config = {
         "task": "diffusion",
         "name": name,
         "runs": str(runs),
@@ -142,6 +144,7 @@ def diffusion_config(images: Path, runs: Path, first_stage: Path | None, name: s
         "training": TRAINING,
         "logging": LOGGING,
     }
+    return copy.deepcopy(config)
 
 
 def _data(images: Path, **params) -> dict:

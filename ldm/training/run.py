@@ -21,7 +21,7 @@ def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
         KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM); its checkpoint is written.
     """
     cfg, run = load_run(path, overrides)
-    pass
+    check_images(cfg, run)
     # Only now: a mistake in the config should not wait for torch and Lightning to be imported.
     from ldm.data.waiting import clear_worker_errors
     from ldm.training.fit import fit
