@@ -1,9 +1,9 @@
 """Times the quickstart's three commands and counts how many of its digits come out right.
 
-    python benchmarks/quickstart.py [--seed 0] [--network configs/quickstart/diffusion-dit.yaml] [--keep FOLDER]
+    python benchmarks/quickstart.py [--seed 0] [--network YAML] [--keep FOLDER]
 
-`--network` puts another network in the place of the UNet. Everything is written to a temporary folder, or to
-the one to keep. Prints a table with the machine and the date.
+`--network`, such as configs/quickstart/diffusion-dit.yaml, puts another network in the place of the UNet.
+Everything is written to a temporary folder, or to the one to keep. Prints a table with the machine and the date.
 """
 
 import argparse
