@@ -3,7 +3,7 @@
     python benchmarks/quickstart.py [--seed 0] [--network YAML] [--keep FOLDER]
 
 `--network`, such as configs/quickstart/diffusion-dit.yaml, puts another network in the place of the UNet.
-Everything is written to a temporary folder, or to the one to keep. Prints a table with the machine and the date.
+Everything is written to a temporary folder, or to the one to keep. Prints a table with machine and date.
 """
 
 import argparse
