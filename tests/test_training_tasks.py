@@ -15,7 +15,8 @@ from ldm.checkpoints import load
 from ldm.training import task as task_module
 from ldm.training.run import train
 from ldm.training.run_config import load_run
-from ldm.training.stages import Stage, build_stage
+from ldm.training.stage import Stage
+from ldm.training.stages import build_stage
 
 CPU = torch.device("cpu")
 

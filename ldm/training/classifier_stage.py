@@ -13,7 +13,7 @@ from ldm.data.grid import image_grid
 from ldm.training.classifier import ClassifierTask
 from ldm.training.networks import channels_last
 from ldm.training.run_config import ClassifierRun, fill_classes
-from ldm.training.stages import Stage, build_data, identity_of, start_from
+from ldm.training.stage import Stage, build_data, identity_of, start_from
 
 _MOST_MEASURED = 2000  # images among which the mistakes are looked for
 

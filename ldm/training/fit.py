@@ -14,7 +14,8 @@ from ldm.training.logs import RunLogs
 from ldm.training.networks import compile_blocks
 from ldm.training.run_config import RunConfig, complete
 from ldm.training.run_folder import RunFolder
-from ldm.training.stages import Stage, build_stage
+from ldm.training.stage import Stage
+from ldm.training.stages import build_stage
 from ldm.training.trainer import TrainingData, make_trainer, uses_gpu
 
 log = logging.getLogger(__name__)

@@ -1,25 +1,21 @@
 """From a checked config to what a run needs: data, model, task, pictures."""
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL.Image import Image
 from torch import nn
 from torch.utils.data import Dataset
 
 from ldm import config as configuration
-from ldm.checkpoints import load, native
-from ldm.checkpoints.strict import load_strict
+from ldm.checkpoints import native
 from ldm.conditioning import Conditioner
-from ldm.data import SequentialBatches, make_loader
 from ldm.data.latents import BESIDE_LATENTS
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.losses import AutoencoderLoss
 from ldm.training.autoencoder import AutoencoderTask
+from ldm.training.classifier_stage import classifier_stage
 from ldm.training.diffusion import DiffusionTask
 from ldm.training.encoders import load_encoders
 from ldm.training.first_stage import (
@@ -33,59 +29,13 @@ from ldm.training.from_run import not_repeated
 from ldm.training.networks import channels_last
 from ldm.training.pictures import Reconstructions, Samples
 from ldm.training.run_config import AutoencoderRun, ClassifierRun, DiffusionRun, RunConfig, fill_classes
-from ldm.training.settings import LoggingSettings, TrainingSettings
 from ldm.training.shift import fill_shift, filled_shift
-from ldm.training.task import Task
+from ldm.training.stage import Stage, build_data, identity_of, start_from
 
 log = logging.getLogger(__name__)
 
-#: What a data set must have besides items, to be trained on.
-DATA_SET = ("split", "set_seed", "fingerprint", "classes", "size", "channels")
-
 #: What a diffusion model is made of besides its first stage.
 PARTS = ("network", "denoiser", "conditioner")
-
-
-@dataclass
-class Stage:
-    """All that a run trains with.
-
-    train, validation: data sets; the samples of `train` are asked for by (index, position).
-    task: the LightningModule. description: what the saved model says of itself.
-    data: identity of the training data, kept in checkpoints. draw: makes the grids, and has a name.
-    keep: writes into the run folder what the run needs besides; None for nothing.
-    """
-
-    train: Dataset
-    validation: Dataset | None
-    task: Task
-    description: dict
-    data: dict
-    draw: Callable[[Task], Image]
-    keep: Callable[[Path], None] | None = None
-
-    def held_out(
-        self, training: TrainingSettings, logging: LoggingSettings
-    ) -> Callable[[int, int], tuple[Iterable[dict], bool]] | None:
-        """Batches of held-out images for `Validation`, in a fixed order that does not follow the classes.
-
-        Which images these are depends on neither the number of devices nor that of accumulation steps; a
-        batch is as large as what one device works through at once in training.
-        """
-        if self.validation is None:
-            return None
-        order = np.random.default_rng(0).permutation(len(self.validation))
-        if logging.validation_batches is not None:
-            order = order[: logging.validation_batches * training.batch_size]
-
-        def batches(rank: int, world: int) -> tuple[Iterable[dict], bool]:
-            size = max(1, training.batch_size // (world * training.accumulate))
-            chunks = [order[i : i + size] for i in range(0, len(order), size)]
-            own = chunks[rank::world]
-            indices = np.concatenate(own or chunks[:1])
-            return make_loader(self.validation, SequentialBatches(indices, size), training.workers), bool(own)
-
-        return batches
 
 
 def build_stage(run: RunConfig, cfg, device: torch.device, resuming: bool = False, rehearsal: bool = False):
@@ -99,32 +49,8 @@ def build_stage(run: RunConfig, cfg, device: torch.device, resuming: bool = Fals
     if isinstance(run, AutoencoderRun):
         return autoencoder_stage(run, cfg, resuming)
     if isinstance(run, ClassifierRun):
-        from ldm.training.classifier_stage import classifier_stage
-
         return classifier_stage(run, cfg, resuming)
     return diffusion_stage(run, cfg, device, resuming, rehearsal)
-
-
-def build_data(run: RunConfig, cfg) -> tuple[Dataset, Dataset | None]:
-    """The data set's training and validation parts."""
-    whole = configuration.instantiate(cfg.data, allow_foreign=True)
-    lacks = [name for name in DATA_SET if not hasattr(whole, name)]
-    if lacks:
-        raise ValueError(f"data.target {cfg.data.target} lacks {', '.join(lacks)}: see ldm.data.ImageFolder")
-    whole.set_seed(run.seed)
-    train, validation = whole.split("train"), whole.split("validation")
-    if len(train) == 0:
-        raise ValueError("data: no image is left to train on")
-    return train, validation if len(validation) else None
-
-
-def identity_of(train: Dataset) -> dict:
-    return {"images": len(train), "fingerprint": train.fingerprint()}
-
-
-def start_from(model: nn.Module, path: str, cfg) -> None:
-    """Fill a model with the weights of another run; what this run's config names may be in that one too."""
-    load_strict(model, load(path, configuration.to_plain(cfg)).state_dict(), where=path)
 
 
 def autoencoder_stage(run: AutoencoderRun, cfg, resuming: bool) -> Stage:

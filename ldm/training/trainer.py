@@ -11,7 +11,7 @@ from ldm.training.interruption import own_signals
 from ldm.training.networks import keep_freed_memory
 from ldm.training.run_config import AutoencoderRun, RunConfig
 from ldm.training.settings import TrainingSettings
-from ldm.training.stages import Stage
+from ldm.training.stage import Stage
 
 # Advice of Lightning's that does not apply: workers are chosen by measure, epochs and its loggers not used.
 _NOT_FOR_US = (

@@ -10,7 +10,8 @@ from torch import nn
 from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.networks import compile_blocks
 from ldm.training.run_config import RunConfig
-from ldm.training.stages import Stage, build_stage
+from ldm.training.stage import Stage
+from ldm.training.stages import build_stage
 from ldm.training.task import Task
 from ldm.training.trainer import TrainingData, check_batch, device_count, make_trainer
 
