@@ -92,7 +92,7 @@ def costs(rounds: int) -> None:
 
 def reconstruction(steps: int, seeds: list[int]) -> None:
     """PSNR and L1 on held-out images after a short run, one run a seed."""
-    print(f"| `attn_type` | PSNR in dB, median of the seeds | each seed | L1, median |")
+    print("| `attn_type` | PSNR in dB, median of the seeds | each seed | L1, median |")
     print("|---|---|---|---|")
     for name in TYPES:
         results = [train(name, steps, seed) for seed in seeds]
