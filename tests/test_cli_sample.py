@@ -23,6 +23,7 @@ from ldm.cli import sampling
 from ldm.cli.classes import choose_labels, parse_classes, safe_name
 from ldm.cli.conditions import choose
 from ldm.cli.files import CannotWrite, NpzWriter, prepare_folder, whole_file, write_png
+from ldm.cli.interruption import lasting_interruption
 from ldm.cli.sampling import SampleRequest, draw, group_size
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.latent_diffusion import sampling_sigmas
@@ -503,6 +504,18 @@ def test_errors_of_writing_name_the_file(tmp_path, monkeypatch):
         patched.setattr("pathlib.Path.mkdir", fails(errno.EROFS))
         with pytest.raises(CannotWrite, match="--out .*new .Read-only file system.; choose another --out"):
             prepare_folder(tmp_path / "new", ["a"], False)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_in_a_destructor_is_not_lost():
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), lasting_interruption() as interrupted:
+        Dropped()  # Python reports what is raised here, and goes on
+        interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interruption_leaves_whole_images(runs, tmp_path):

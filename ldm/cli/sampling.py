@@ -19,6 +19,7 @@ from ldm.cli.conditions import Wanted, choose
 from ldm.cli.device import arranged, autocast, out_of_memory, pick_device
 from ldm.cli.files import CannotWrite, NpzWriter, prepare_folder, whole_file, write_png
 from ldm.cli.images import refuse_inside
+from ldm.cli.interruption import lasting_interruption
 from ldm.cli.progress import progress_bar
 from ldm.data.grid import led_rows, pixel_grid, to_uint8
 from ldm.diffusion.samplers import SAMPLERS
@@ -194,6 +195,7 @@ def write_samples(
         with ExitStack() as stack:
             archive = stack.enter_context(NpzWriter.at(out / NPZ, count)) if npz else None
             bar = stack.enter_context(progress_bar(count, "sampling"))
+            interrupted = stack.enter_context(lasting_interruption())
             stack.enter_context(context)
             for images in draw(model, request, wanted):
                 pixels = to_uint8(images)
@@ -203,6 +205,7 @@ def write_samples(
                     write_png(out / names[done], picture, {"index": done, **wanted.facts(done), **facts})
                     done += 1
                     bar.update(1)
+                    interrupted()
                 if grid:
                     sheet += list(pixels[: _room_on_sheet(pixels, wanted, request.n) - len(sheet)])
             if archive is not None:
