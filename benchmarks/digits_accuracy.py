@@ -15,7 +15,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import SVC
 
 from ldm.data import Digits
-from ldm.data.grid import to_uint8
+from ldm.data.images.grid import to_uint8
 
 
 def as_features(pixels: np.ndarray) -> np.ndarray:

@@ -40,35 +40,36 @@ class Rule:
     lazy: set[str] = field(default_factory=set)
 
 
-CONFIG = {"config", "config_file", "signatures"}
-PARTS = {"nn", "models", "diffusion", "conditioning", "losses"}
+GROUND = {"files", "wording"}
+NETWORKS = {"nn", "models", "diffusion", "conditioning", "losses"} | GROUND
+PARTS = {"latent_diffusion", "config", "weights"} | NETWORKS
 RULES = {
     # `ldm/__init__.py` hands out its public names on first use.
     "": Rule(lazy={"ldm"}),
-    "nn": Rule(set(), {"torch", "einops"}),
-    "models": Rule({"nn"}, {"torch", "einops"}, {"numpy"}),
-    "diffusion": Rule(set(), {"torch"}),
-    "conditioning": Rule({"nn", "models"}, {"torch", "einops"}, EXTRAS),
-    "losses": Rule({"nn", "models"}, {"torch", "einops", "safetensors"}, EXTRAS),
-    "latent_diffusion": Rule(PARTS, {"torch"}),
-    "data": Rule(set(), {"torch", "numpy", "PIL"}, EXTRAS),
-    "signatures": Rule(),
-    "config_file": Rule({"signatures"}, {"omegaconf", "yaml"}),
-    "config": Rule({"config_file", "signatures"}, {"omegaconf"}),
-    "checkpoints": Rule(PARTS | CONFIG | {"latent_diffusion"}, CORE - {"typer"}, EXTRAS),
-    "evaluation": Rule(
-        PARTS | CONFIG | {"latent_diffusion", "checkpoints", "data"}, CORE - {"typer"}, EXTRAS
-    ),
+    "__main__": Rule({"cli"}),
+    "files": Rule(),
+    "wording": Rule(),
+    "weights": Rule(GROUND, {"torch", "numpy", "safetensors"}),
+    "config": Rule(GROUND, {"omegaconf", "yaml"}),
+    "nn": Rule(GROUND, {"torch", "einops"}),
+    "data": Rule(GROUND, {"torch", "numpy", "PIL"}, EXTRAS),
+    "diffusion": Rule(GROUND, {"torch"}),
+    "models": Rule({"nn"} | GROUND, {"torch", "einops"}, {"numpy"}),
+    "losses": Rule({"nn", "models", "weights"} | GROUND, {"torch", "einops"}, EXTRAS),
+    "conditioning": Rule({"nn", "models"} | GROUND, {"torch", "einops"}, EXTRAS),
+    "latent_diffusion": Rule(NETWORKS, {"torch"}),
+    "sampling": Rule(PARTS, {"torch", "numpy"}),
+    "checkpoints": Rule(PARTS | {"sampling"}, CORE - {"typer"}, EXTRAS),
+    "evaluation": Rule(PARTS | {"sampling", "checkpoints", "data"}, CORE - {"typer"}, EXTRAS),
     "training": Rule(
-        PARTS | CONFIG | {"latent_diffusion", "checkpoints", "data", "evaluation"},
-        (CORE | LIGHTNING) - {"typer"},
-        EXTRAS,
+        PARTS | {"sampling", "checkpoints", "data", "evaluation"}, (CORE | LIGHTNING) - {"typer"}, EXTRAS
+    ),
+    "planning": Rule(
+        PARTS | {"sampling", "checkpoints", "data", "evaluation"}, CORE - {"typer"}, {"training"}
     ),
     # A verb reaches into training only when it is run: `sample` never loads Lightning.
     "cli": Rule(
-        PARTS | CONFIG | {"latent_diffusion", "checkpoints", "data", "evaluation"},
-        CORE,
-        EXTRAS | {"training"},
+        PARTS | {"sampling", "checkpoints", "data", "evaluation"}, CORE, EXTRAS | {"training", "planning"}
     ),
 }
 

@@ -1,6 +1,6 @@
 """Every way of reading and writing weights."""
 
-from ldm.checkpoints.errors import CheckpointError
 from ldm.checkpoints.load import load
+from ldm.weights.errors import CheckpointError
 
 __all__ = ["CheckpointError", "load"]

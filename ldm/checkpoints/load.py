@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ldm.checkpoints import compvis_export, diffusers_folder, native, published
-from ldm.checkpoints.errors import CheckpointError
-from ldm.checkpoints.reading import INDEX
+from ldm.checkpoints import native
+from ldm.checkpoints.diffusers import folder as diffusers_folder
+from ldm.checkpoints.originals import compvis_export, published
 from ldm.checkpoints.trust import is_run_config, trusted_targets
-from ldm.signatures import nearest
+from ldm.weights.errors import CheckpointError
+from ldm.weights.reading import INDEX
+from ldm.wording import nearest
 
 _LISTED = 8
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -32,7 +34,7 @@ def load(
             pipeline or one of its parts); or, with `config`, a checkpoint of the original latent diffusion,
             Stable Diffusion, sgm or OpenAI's diffusion projects, the index of its shards, or the folder in
             which it is the only one.
-        config: the YAML of the original project, unchanged (see `ldm.checkpoints.published`), or one of this
+        config: the YAML of the original project, unchanged (see `originals.published`), or one of this
             toolkit, for a file that does not describe its model itself. For a model trained here that has
             classes of yours, the training config: what this names outside `ldm` is then imported. The
             training config of an autoencoder also describes a bare file of its weights.

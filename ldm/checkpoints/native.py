@@ -21,12 +21,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm import config as configuration
-from ldm.checkpoints.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
-from ldm.checkpoints.reading import INDEX, read_pickled, read_weights
 from ldm.checkpoints.strict import check_shapes, load_strict
 from ldm.checkpoints.trust import targets_of
 from ldm.checkpoints.unfilled import build_unfilled, check_rooms
-from ldm.checkpoints.writing import write_atomically, write_safetensors
+from ldm.files import whole_file
+from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.weights.reading import INDEX, read_pickled, read_weights
+from ldm.weights.writing import write_safetensors
 
 FORMAT = "ldm/1"
 METADATA_KEY = "ldm"
@@ -138,7 +139,8 @@ def save_training(path: Path, state: Mapping) -> None:
     """Write a training checkpoint (plain containers and tensors only) without ever harming the previous
     one.
     """
-    write_atomically(path, lambda file: torch.save(dict(state), file))
+    with whole_file(path, durable=True) as file:
+        torch.save(dict(state), file)
 
 
 def read_training(path: Path) -> dict:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.errors import CheckpointError
 from ldm.checkpoints.key_report import KeyReport, describe
+from ldm.weights.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ldm.checkpoints.original_yaml import read_tree
+from ldm.checkpoints.originals.original_yaml import read_tree
 
 
 def is_run_config(config: str | Path | Mapping) -> bool:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules import module as registration
 
 from ldm import config as configuration
-from ldm.checkpoints.errors import CheckpointError, UnsupportedCheckpoint
 from ldm.checkpoints.trust import targets_of
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
 
 WHOLE = "ldm.latent_diffusion.LatentDiffusion"
 #: Parts of a LatentDiffusion that are all parameters; schedule and scale are computed, and need memory.

@@ -3,7 +3,7 @@
 import re
 
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.signatures import nearest
+from ldm.wording import nearest
 
 _RANGE = re.compile(r"([0-9]+)\s*-\s*([0-9]+)")
 _NUMBER = re.compile(r"[0-9]+")

@@ -12,8 +12,8 @@ from torch import Tensor
 from ldm.cli.classes import choose_labels, class_names, safe_name
 from ldm.cli.images import FEW, Pictures, find_images
 from ldm.cli.progress import progress_bar
-from ldm.data.images import normalize_pixels
-from ldm.data.scan import some
+from ldm.data.images.pixels import normalize_pixels
+from ldm.data.images.scan import some
 from ldm.latent_diffusion import LatentDiffusion
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ def command(
 
     What a format cannot express is refused with the reason. Converted back, a model has the same bits.
     """
-    from ldm.cli.conversion import convert
+    from ldm.checkpoints.convert import convert
 
     for line in convert(source, target, to.value, config=config, ema=ema, overwrite=overwrite):
         typer.echo(line)

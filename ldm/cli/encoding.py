@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoints import load
-from ldm.checkpoints.writing import write_safetensors
 from ldm.cli.device import arranged, autocast, out_of_memory, pick_device
-from ldm.cli.files import prepare_folder, whole_file, write_png
+from ldm.cli.files import prepare_folder, write_png
 from ldm.cli.images import Pictures, find_images, refuse_inside
 from ldm.cli.progress import progress_bar
-from ldm.data.grid import pixel_grid, to_uint8
-from ldm.data.images import normalize_pixels
+from ldm.data.images.grid import pixel_grid, to_uint8
+from ldm.data.images.pixels import normalize_pixels
+from ldm.files import whole_file
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
+from ldm.weights.writing import write_safetensors
 
 GRID, FIGURES, LATENTS, RECONSTRUCTIONS = "grid.png", "figures.csv", "latents.safetensors", "reconstructions"
 LATENTS_FORMAT = "ldm-latents/1"

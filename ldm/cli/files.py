@@ -1,6 +1,5 @@
 """What commands write: whole files or none, and never over another without being told to."""
 
-import errno
 import io
 import json
 import os
@@ -13,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+from ldm.files import CannotWrite, whole_file
+
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # no dates inside: the same content is the same bytes
 
 
@@ -43,40 +43,6 @@ def prepare_folder(out: Path, names: Iterable[str], overwrite: bool) -> None:
         raise CannotWrite(
             f"cannot make the folder --out {out} ({os.strerror(error.errno)}); choose another --out"
         ) from error
-
-
-class CannotWrite(OSError):
-    """A file cannot be written: says which, why, and what to do."""
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when it is complete; after an error nothing of it is left.
-
-    Unlike a checkpoint it is not synced: thousands of images would wait for the disk.
-
-    Raises:
-        CannotWrite: the disk is full or read-only, or the folder not ours.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if _is_of_file(error, partial):
-            remedy = "free some space" if error.errno in _FULL else "choose another folder"
-            raise CannotWrite(f"cannot write {path} ({os.strerror(error.errno)}); {remedy}") from error
-        raise
-
-
-def _is_of_file(error: BaseException, path: Path) -> bool:
-    """Whether the system refused to write this file; errors of a write do not name it."""
-    if not isinstance(error, OSError) or isinstance(error, CannotWrite | BrokenPipeError):
-        return False
-    return error.filename == str(path) or (error.filename is None and error.errno in (*_FULL, errno.EIO))
 
 
 def write_png(path: Path, pixels: np.ndarray, facts: dict | None = None) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data import BadImageError, SequentialBatches, make_loader
-from ldm.data.decode import read_image
-from ldm.data.images import cut_square, square_box, to_pixels
-from ldm.data.scan import scan_folder
-from ldm.signatures import did_you_mean
+from ldm.data.images.decode import read_image
+from ldm.data.images.pixels import cut_square, square_box, to_pixels
+from ldm.data.images.scan import scan_folder
+from ldm.wording import did_you_mean
 
 log = logging.getLogger(__name__)
 

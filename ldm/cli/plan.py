@@ -88,9 +88,9 @@ def command(
     """
     if not tflops * utilisation > 0:
         raise typer.BadParameter("--tflops and --utilisation must be above 0")
-    from ldm.cli.plan_report import report
-    from ldm.cli.plan_works import PlanRequest
-    from ldm.cli.planning import make_plan
+    from ldm.planning.estimate import make_plan
+    from ldm.planning.report import report
+    from ldm.planning.works import PlanRequest
 
     request = PlanRequest(
         size=size, classes=classes, memory=memory, tflops=tflops, utilisation=utilisation, depth=depth

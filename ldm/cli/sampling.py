@@ -17,12 +17,13 @@ from ldm import __version__
 from ldm.checkpoints import load
 from ldm.cli.conditions import Wanted, choose
 from ldm.cli.device import arranged, autocast, out_of_memory, pick_device
-from ldm.cli.files import CannotWrite, NpzWriter, prepare_folder, whole_file, write_png
+from ldm.cli.files import NpzWriter, prepare_folder, write_png
 from ldm.cli.images import refuse_inside
 from ldm.cli.interruption import lasting_interruption
 from ldm.cli.progress import progress_bar
-from ldm.data.grid import led_rows, pixel_grid, to_uint8
+from ldm.data.images.grid import led_rows, pixel_grid, to_uint8
 from ldm.diffusion.samplers import SAMPLERS
+from ldm.files import CannotWrite, whole_file
 from ldm.latent_diffusion import LatentDiffusion, sample, sampling_sigmas
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ def command(
     Prints one line for each of them, and ends with status 1 if there are any.
     """
     from ldm.cli.progress import progress_bar
-    from ldm.data import ImageFolder, verify
+    from ldm.data import ImageFolder
+    from ldm.data.images.verify import verify
 
     images = ImageFolder(folder, size=1, on_error="report", layout="flat")
     with progress_bar(len(images), "reading") as bar:

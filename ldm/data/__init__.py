@@ -1,14 +1,14 @@
 """Images in: folders, embedded sets, their deterministic order, and cached latents."""
 
-from ldm.data.dataset import ImageDataset
-from ldm.data.decode import BadImageError
-from ldm.data.embedded import ArrayDataset, Digits, Emoji, MissingPackageError
-from ldm.data.folder import ImageFolder
-from ldm.data.latents import LatentCache, LatentDataset
-from ldm.data.loader import collate, make_loader
-from ldm.data.sampler import PositionSampler, SequentialBatches
-from ldm.data.statistics import ChannelStatistics, measure_latents
-from ldm.data.verify import BadFile, verify
+from ldm.data.images.dataset import ImageDataset
+from ldm.data.images.decode import BadImageError
+from ldm.data.images.embedded import ArrayDataset, Digits, Emoji, MissingPackageError
+from ldm.data.images.folder import ImageFolder
+from ldm.data.images.verify import BadFile, verify
+from ldm.data.latents.cache import LatentCache, LatentDataset
+from ldm.data.latents.statistics import ChannelStatistics, measure_latents
+from ldm.data.loading.loader import collate, make_loader
+from ldm.data.loading.order import PositionSampler, SequentialBatches
 
 __all__ = [
     "ArrayDataset",

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from ldm import config as configuration
 from ldm.checkpoints import native
 from ldm.data import SequentialBatches, make_loader
-from ldm.data.grid import image_grid
+from ldm.data.images.grid import image_grid
 from ldm.training.classifier import ClassifierTask
 from ldm.training.networks import channels_last
 from ldm.training.run_config import ClassifierRun, fill_classes

@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from ldm.checkpoints import load, native
-from ldm.checkpoints.reading import read_weights
 from ldm.conditioning import Conditioner
+from ldm.weights.reading import read_weights
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ldm.data import SequentialBatches, make_loader
-from ldm.data.grid import image_grid, led_rows, pixel_grid, to_uint8
+from ldm.data.images.grid import image_grid, led_rows, pixel_grid, to_uint8
 from ldm.latent_diffusion import LatentDiffusion, sample
 from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.conditions import misfits

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from omegaconf import DictConfig, ListConfig
 
 from ldm import config as configuration
-from ldm import signatures
-from ldm.training.from_run import from_run as from_run  # makes ${from_run:...} known
+from ldm.config import signatures
+from ldm.config.other_runs import from_run as from_run  # makes ${from_run:...} known
 from ldm.training.settings import (
     AugmentSettings,
     LoggingSettings,

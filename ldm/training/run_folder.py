@@ -8,13 +8,9 @@ from pathlib import Path
 
 from ldm import config as configuration
 from ldm.checkpoints import native
-from ldm.checkpoints.errors import CorruptCheckpoint
+from ldm.files import Busy, locked
 from ldm.training.run_config import complete, load_run
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from ldm.weights.errors import CorruptCheckpoint
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +35,7 @@ MAY_CHANGE = (
 )
 _ROOT = "data.params.root"
 #: What a killed run can leave half written.
-_LEFTOVERS = ("checkpoints/.*.partial", ".*.partial", ".config.yaml.*.tmp", "logs/*.tmp")
+_LEFTOVERS = ("checkpoints/.*.partial", ".*.partial", "logs/*.tmp")
 
 
 class RunFolder:
@@ -65,27 +61,16 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / ".lock"
         try:
-            with open(lock, "a+") as file:
-                self._lock(file)
+            with locked(lock, wait=False):
                 yield
+        except Busy:
+            raise ValueError(
+                f"{self.path} is being trained by another process; give this run another name (name=...)"
+            ) from None
         finally:
             if fresh and list(self.path.iterdir()) == [lock]:  # failed before there was anything to keep
                 lock.unlink()
                 self.path.rmdir()
-
-    def _lock(self, file) -> None:
-        if fcntl is None:
-            return
-        try:
-            # A record lock: unlike flock's it is not handed on to data-loading workers, who may outlive a
-            # killed run by some seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"{self.path} is being trained by another process; give this run another name (name=...)"
-            ) from None
-        except OSError as error:
-            log.warning("%s cannot be locked (%s): do not start it twice", self.path, error)
 
     def find(self, config: Mapping) -> dict | None:
         """The state that this complete config continues from, None to start; changes nothing.

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from ldm import config as configuration
 from ldm.checkpoints import native
 from ldm.conditioning import Conditioner
-from ldm.data.latents import BESIDE_LATENTS
+from ldm.config.other_runs import not_repeated
+from ldm.data.latents.cache import BESIDE_LATENTS
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.losses import AutoencoderLoss
 from ldm.training.autoencoder import AutoencoderTask
@@ -25,7 +26,6 @@ from ldm.training.first_stage import (
     keep_first_stage,
     load_first_stage,
 )
-from ldm.training.from_run import not_repeated
 from ldm.training.networks import channels_last
 from ldm.training.pictures import Reconstructions, Samples
 from ldm.training.run_config import AutoencoderRun, ClassifierRun, DiffusionRun, RunConfig, fill_classes

@@ -1,0 +1,232 @@
+"""Writing a model as a folder that diffusers opens.
+
+A first stage or a UNet becomes one folder of diffusers; a `LatentDiffusion` one with a folder for each part,
+with a `model_index.json` where a pipeline of diffusers does what the model does. What diffusers has no place
+for (the conditioner, names of classes, exact shift and scale of the latents, defaults for sampling) stands in
+a note of our own, `ldm.json`, by which `ldm.load` gives back exactly what was written.
+"""
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import native
+from ldm.checkpoints.architecture import NotExpressible, attention_layers
+from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
+from ldm.checkpoints.diffusers import unet_writing as diffusers_unet
+from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
+from ldm.checkpoints.diffusers.model_config import DIFFUSERS_VERSION
+from ldm.checkpoints.diffusers.names import Places, first_stage_places, to_diffusers, unet_places
+from ldm.conditioning import ClassEmbedder
+from ldm.files import whole_file
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.autoencoder import IdentityFirstStage, VQModel
+from ldm.models.unet import UNetModel
+from ldm.nn.transformer import SpatialTransformer
+from ldm.weights.writing import write_safetensors
+
+NOTE = "ldm.json"
+NOTE_FORMAT = "ldm-diffusers/1"
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONDITIONER = "conditioner/model.safetensors"
+#: Where the layers lie that a table of class embeddings stands for, in the conditioner's file.
+TABLE_PREFIX = "network."
+
+
+def save_diffusers(model: nn.Module, folder: str | Path, description: Mapping | None = None) -> None:
+    """Write a model for diffusers; the folder appears whole or not at all.
+
+    Args:
+        model: a first stage, a UNet, or a `LatentDiffusion` of both.
+        folder: must not exist, or be empty.
+        description: of the model, as native files have it; `model.description` where not given.
+
+    Raises:
+        NotExpressible: something that diffusers' classes do not have, all of it named; nothing is written.
+        FileExistsError: there is something in the folder.
+    """
+    folder = Path(folder).absolute()
+    description = dict(getattr(model, "description", None) or {} if description is None else description)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
+    configs = folder_configs(model, description)
+    weights = folder_weights(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        for name, content in configs.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            with whole_file(partial / name, durable=True) as file:
+                file.write(text.encode())
+        for name, tensors in weights.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(partial / name, tensors, {"format": "pt"})
+        if folder.exists():
+            folder.rmdir()  # empty, as was checked
+        os.replace(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def folder_configs(model: nn.Module, description: Mapping) -> dict[str, dict[str, Any]]:
+    """Path within the folder -> JSON object, for every JSON file."""
+    if isinstance(model, LatentDiffusion):
+        configs = _model_configs(model, description)
+    else:
+        configs = {CONFIG: _part_config(model, description)}
+    configs = {name: {**config, "_diffusers_version": DIFFUSERS_VERSION} for name, config in configs.items()}
+    note = _note(model, description)
+    return configs | ({NOTE: note} if note else {})
+
+
+def _part_config(model: nn.Module, description: Mapping) -> dict[str, Any]:
+    """The config of a UNet or a first stage alone."""
+    if isinstance(model, UNetModel):
+        return diffusers_unet.unet_config(model)
+    size = description.get("image_size")
+    side = max(size) if isinstance(size, list | tuple) else size
+    # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
+    return diffusers_autoencoder.first_stage_config(model, side) | {"scaling_factor": 1.0}
+
+
+def _note(model: nn.Module, description: Mapping) -> dict[str, Any] | None:
+    """Our own record; None where the model has no description in the native format."""
+    if description.get("format") != native.FORMAT:
+        return None
+    note: dict[str, Any] = {"format": NOTE_FORMAT, "description": dict(description)}
+    if isinstance(model, LatentDiffusion):
+        for name in ("latent_shift", "latent_scale"):
+            note[name] = getattr(model, name).flatten().float().tolist()
+    return note
+
+
+def _model_configs(model: LatentDiffusion, description: Mapping) -> dict[str, dict[str, Any]]:
+    _, height, width = model.latent_shape
+    sample_size = height if height == width else [height, width]
+    table = class_table(model)
+    configs = {
+        f"unet/{CONFIG}": diffusers_unet.unet_config(
+            model.network, sample_size, None if table is None else len(table)
+        ),
+        SCHEDULER: diffusers_scheduler.scheduler_config(model.denoiser, description.get("sampling")),
+    }
+    shift, scale = (
+        getattr(model, name).flatten().float().tolist() for name in ("latent_shift", "latent_scale")
+    )
+    first_stage = model.first_stage_model
+    if not isinstance(first_stage, IdentityFirstStage):
+        config = diffusers_autoencoder.first_stage_config(first_stage, max(model.image_size))
+        # A VQModel has a place for one number only. Where that is not all there is, it is left neutral.
+        config |= diffusers_autoencoder.scale_config(
+            shift, scale, one_number=isinstance(first_stage, VQModel)
+        )
+        configs[f"{first_stage_folder(first_stage)}/{CONFIG}"] = config
+    elif (set(shift), set(scale)) != ({0.0}, {1.0}):
+        raise NotExpressible(
+            "diffusers has no place for it", ["images are shifted and scaled without a first stage"]
+        )
+    index = pipeline_index(model, configs, shift, scale)
+    return configs | ({INDEX: index} if index else {})
+
+
+def first_stage_folder(first_stage: nn.Module) -> str:
+    """The name that diffusers' pipelines give to this part."""
+    return "vqvae" if isinstance(first_stage, VQModel) else "vae"
+
+
+def pipeline_index(
+    model: LatentDiffusion, configs: Mapping[str, Mapping], shift: list[float], scale: list[float]
+) -> dict[str, Any] | None:
+    """`model_index.json` of the pipeline that samples as this model is sampled here; None if there is none.
+
+    LDMPipeline: unconditional, a VQModel with one scale and no shift. DDIMPipeline: unconditional, in pixels.
+    """
+    network, scheduler = configs[f"unet/{CONFIG}"]["_class_name"], configs[SCHEDULER]["_class_name"]
+    unconditional = not len(model.conditioner.embedders) and model.network.num_classes is None
+    square = model.latent_shape[1] == model.latent_shape[2]
+    one_scale = len(set(scale)) == 1 and set(shift) == {0.0}
+    if (
+        not unconditional
+        or not square
+        or network != "UNet2DModel"
+        or scheduler != "DDIMScheduler"
+        or not one_scale
+    ):
+        return None
+    parts = {"unet": ["diffusers", network], "scheduler": ["diffusers", scheduler]}
+    if isinstance(model.first_stage_model, VQModel):
+        return {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"], **parts}
+    if isinstance(model.first_stage_model, IdentityFirstStage):
+        return {"_class_name": "DDIMPipeline", **parts}
+    return None
+
+
+def folder_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Path within the folder -> tensors, for every file of weights."""
+    if not isinstance(model, LatentDiffusion):
+        places = unet_places(model) if isinstance(model, UNetModel) else first_stage_places(model)
+        return {WEIGHTS: to_diffusers(model.state_dict(), places)}
+    conditioner = dict(model.conditioner.state_dict())
+    tensors = model.network.state_dict()
+    table = class_table(model)
+    if table is not None:
+        moved = label_names(model.network)
+        conditioner |= {f"{TABLE_PREFIX}{name}": tensors.pop(name) for name in moved}
+    network = to_diffusers(tensors, network_places(model))
+    files = {f"unet/{WEIGHTS}": network if table is None else {**network, "class_embedding.weight": table}}
+    first_stage = model.first_stage_model
+    if not isinstance(first_stage, IdentityFirstStage):
+        written = to_diffusers(first_stage.state_dict(), first_stage_places(first_stage))
+        files[f"{first_stage_folder(first_stage)}/{WEIGHTS}"] = written
+    return files | ({CONDITIONER: conditioner} if conditioner else {})
+
+
+def network_places(model: LatentDiffusion) -> Places:
+    """Places of the network's parameters, without those that a table of class embeddings stands for."""
+    places = unet_places(model.network)
+    moved = label_names(model.network) if has_class_table(model) else []
+    return {name: place for name, place in places.items() if name not in moved}
+
+
+def label_names(network: UNetModel) -> list[str]:
+    """Parameters of the network for `y`."""
+    return [f"label_emb.{name}" for name, _ in network.label_emb.named_parameters()]
+
+
+def has_class_table(model: LatentDiffusion) -> bool:
+    """Whether the classes reach the network as a vector, through a projection that UNet2DModel lacks."""
+    embedders = model.conditioner.embedders
+    return (
+        isinstance(model.network, UNetModel)
+        and model.network.num_classes == "sequential"
+        and not any(isinstance(layer, SpatialTransformer) for layer in attention_layers(model.network))
+        and len(embedders) == 1
+        and isinstance(embedders[0], ClassEmbedder)
+        and embedders[0].kind == "vector"
+    )
+
+
+@torch.no_grad()
+def class_table(model: LatentDiffusion) -> Tensor | None:
+    """What `has_class_table` models add to the time embedding, one row a class (the last: none); else None.
+
+    A function of the class alone, so a UNet2DModel with so many classes computes the same. In float32, then
+    rounded to the type of the weights.
+    """
+    if not has_class_table(model):
+        return None
+    rows = model.conditioner.embedders[0].embedding.weight
+    return copy.deepcopy(model.network.label_emb).float()(rows.float()).to(rows.dtype)

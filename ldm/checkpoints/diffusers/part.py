@@ -1,0 +1,78 @@
+"""One part of a diffusers folder: a config, and the weights that belong to it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.checkpoints.diffusers import unet_reading as diffusers_unet_reading
+from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
+from ldm.checkpoints.diffusers.model_config import explained
+from ldm.checkpoints.diffusers.names import Places, first_stage_places, from_diffusers, unet_places
+from ldm.models.unet import UNetModel
+from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.weights.reading import read_weights
+
+FIRST_STAGES, NETWORKS = diffusers_autoencoder.CLASSES, diffusers_unet_reading.CLASSES
+_STEM = "diffusion_pytorch_model"
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_PARTS = {
+    **dict.fromkeys(FIRST_STAGES, diffusers_autoencoder.first_stage_part),
+    **dict.fromkeys(NETWORKS, diffusers_unet_reading.unet_part),
+}
+
+
+def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Target and params of a part, by its class.
+
+    Raises:
+        UnsupportedCheckpoint: a class or an option that is not built here.
+    """
+    kind = config.get("_class_name")
+    if not isinstance(kind, str) or kind not in _PARTS:
+        what = f"is a {kind}" if kind else "names no _class_name, so it is no config of diffusers"
+        raise UnsupportedCheckpoint(where, f"{what}; known are {', '.join(_PARTS)}")
+    with explained(where):
+        return _PARTS[kind](config, where)
+
+
+def part_tensors(folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
+    """The weights in a part's folder under the names of `model`.
+
+    Raises:
+        KeyMismatch: keys are missing, extra or of another shape.
+    """
+    file = weights_file(folder, ema)
+    where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
+    places: Places = unet_places(model, where) if isinstance(model, UNetModel) else first_stage_places(model)
+    return from_diffusers(
+        read_weights(file).tensors, places, shapes_of(model), str(file), config["_class_name"]
+    )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything in a model's state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names that begin with `prefix` and a dot."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def weights_file(folder: Path, ema: bool) -> Path:
+    """The file of weights in a part's folder; of several variants the plain one.
+
+    Raises:
+        CorruptCheckpoint: there is none, or only several variants.
+    """
+    stems = (_STEM,) if ema else (f"{_STEM}.non_ema", _STEM)
+    for name in (stem + ending for stem in stems for ending in _ENDINGS):
+        if (folder / name).is_file():
+            return folder / name
+    variants = sorted(file for file in folder.glob(f"{_STEM}.*") if file.suffix in (".safetensors", ".bin"))
+    if len(variants) == 1:
+        return variants[0]
+    found = ", ".join(file.name for file in variants) or "no file of weights"
+    raise CorruptCheckpoint(str(folder), f"has no {_STEM}.safetensors, but {found}")

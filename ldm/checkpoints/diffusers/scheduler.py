@@ -1,0 +1,234 @@
+"""Noise schedules and prediction types as a diffusers `scheduler_config.json`, from ours and to ours.
+
+Names differ: diffusers' `scaled_linear` is the original LDM's `linear`, and its `linear` is `sqrt_linear`.
+The original DDIM's end points need clip_sample=False, set_alpha_to_one=False and steps_offset=1 with leading
+timesteps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ldm.checkpoints.architecture import NotExpressible
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.schedule import (
+    MIN_ALPHAS_CUMPROD,
+    DiscreteSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    make_betas,
+    zero_terminal,
+)
+from ldm.weights.errors import UnsupportedCheckpoint
+
+_PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_TO_PREDICTION = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
+_BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
+_TO_BETAS = {ours: theirs for theirs, ours in _BETAS.items()}
+_COSINE_S = 8e-3
+
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "plms",
+    "EulerDiscreteScheduler": "euler",
+}
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_EDM = "EDMEulerScheduler"
+CLASSES = (*_SAMPLERS, _FLOW, _EDM)
+
+# What diffusers takes where a config says nothing.
+_DEFAULTS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 2e-2,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "steps_offset": 0,
+    "clip_sample": True,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+}
+
+
+def named_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
+    """`schedule`, `linear_start`, `linear_end` that give this schedule, or else its `betas` themselves."""
+    for name in ("linear", "sqrt_linear", "sqrt", "cosine"):
+        ends = [_digits(end) for end in _ends(name, schedule)]
+        options = {} if name == "cosine" else dict(zip(("linear_start", "linear_end"), ends, strict=True))
+        found = (1 - make_betas(name, schedule.timesteps, *ends, _COSINE_S)).cumprod(0)
+        if schedule.zero_terminal_snr:
+            found = zero_terminal(found).clamp(min=MIN_ALPHAS_CUMPROD)
+        if torch.allclose(found, schedule.alphas_cumprod, rtol=1e-9, atol=0):
+            return {"schedule": name, **options}
+    return {"betas": schedule.betas.tolist()}
+
+
+def _digits(beta: float) -> float:
+    """0.012 of 0.011999999999999997."""
+    return float(f"{beta:.10g}")
+
+
+def _ends(name: str, schedule: DiscreteSchedule) -> tuple[float, float]:
+    """`linear_start` and `linear_end` of a schedule if it is the one of this name."""
+    power = 2 if name == "sqrt" else 1
+    start, end = schedule.betas[0].item() ** power, schedule.betas[-1].item() ** power
+    if not schedule.zero_terminal_snr:
+        return start, end
+    # Of the betas only the first is as it was; the last is sought by halves, from what is left in the middle.
+    low, high, middle = start, 1.0, schedule.timesteps // 2
+    for _ in range(60):
+        end = (low + high) / 2
+        betas = make_betas(name, schedule.timesteps, start, end, _COSINE_S)
+        if zero_terminal((1 - betas).cumprod(0))[middle] > schedule.alphas_cumprod[middle]:
+            low = end
+        else:
+            high = end
+    return start, end
+
+
+def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The config of the scheduler that samples as this denoiser is sampled here, `_class_name` included.
+
+    Args:
+        denoiser: of a `LatentDiffusion`.
+        sampling: its defaults (`sampler`, `spacing`), where it has some.
+
+    Raises:
+        NotExpressible: no scheduler has this schedule with this prediction.
+    """
+    schedule, prediction = denoiser.schedule, denoiser.prediction
+    if isinstance(schedule, FlowSchedule) and prediction == "flow" and not denoiser.learned_variance:
+        return {"_class_name": _FLOW, "num_train_timesteps": 1000, "shift": 1.0}
+    if isinstance(schedule, EDMSchedule) and prediction == "edm" and not denoiser.learned_variance:
+        return {"_class_name": _EDM, "sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max,
+                "sigma_data": denoiser.sigma_data, "prediction_type": "epsilon", "rho": 7.0}  # fmt: skip
+    if not isinstance(schedule, DiscreteSchedule) or prediction not in _TO_PREDICTION:
+        raise NotExpressible(
+            "no scheduler of diffusers fits",
+            [f"prediction {prediction!r} on a {type(schedule).__name__}"
+             + (" with a learned variance" if denoiser.learned_variance else "")],
+        )  # fmt: skip
+    return {**_discrete_class(denoiser, dict(sampling or {})), **_discrete_betas(schedule),
+            "prediction_type": _TO_PREDICTION[prediction]}  # fmt: skip
+
+
+def _discrete_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
+    named = named_betas(schedule)
+    config = {"num_train_timesteps": schedule.timesteps}
+    if schedule.zero_terminal_snr:
+        config["rescale_betas_zero_snr"] = True
+    if named.get("schedule") not in _TO_BETAS:
+        return config | {"trained_betas": schedule.betas.tolist()}
+    config["beta_schedule"] = _TO_BETAS[named["schedule"]]
+    if "linear_start" in named:
+        config |= {"beta_start": named["linear_start"], "beta_end": named["linear_end"]}
+    return config
+
+
+def _discrete_class(denoiser: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Class, and how it spaces its steps: as `spacing` asks, else as this schedule does by default."""
+    spacing = sampling.get("spacing") or "trailing"
+    offset = {"uniform": 1}.get(spacing, 0)
+    steps = {"timestep_spacing": "trailing" if spacing == "trailing" else "leading", "steps_offset": offset}
+    if denoiser.learned_variance:  # no other scheduler of diffusers reads it
+        return {
+            "_class_name": "DDPMScheduler",
+            "variance_type": "learned_range",
+            "clip_sample": False,
+            **steps,
+        }
+    if sampling.get("sampler") == "ddpm":
+        return {"_class_name": "DDPMScheduler", "variance_type": "fixed_small", "clip_sample": False, **steps}
+    ends_at_zero = {"set_alpha_to_one": spacing != "uniform"}
+    if (
+        sampling.get("sampler") == "plms"
+        and denoiser.prediction != "x0"
+        and not denoiser.schedule.zero_terminal_snr
+    ):
+        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **ends_at_zero, **steps}
+    # DDIM at eta 0 is what `euler` is here; any other scheduler of diffusers can be made from this config.
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, **ends_at_zero, **steps}
+
+
+def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool) -> dict[str, Any]:
+    """Target and params of the denoiser that a scheduler config stands for.
+
+    Args:
+        learned_variance: the network has twice as many output channels as latents have.
+
+    Raises:
+        UnsupportedCheckpoint: another class of scheduler, or an option that changes the schedule.
+    """
+    name = config.get("_class_name")
+    if name == _FLOW:
+        return _part(
+            {"target": "ldm.diffusion.schedule.FlowSchedule", "params": {}}, "flow", learned_variance
+        )
+    if name == _EDM:
+        if config.get("prediction_type", "epsilon") != "epsilon":
+            raise UnsupportedCheckpoint(where, f"prediction_type={config['prediction_type']!r} of {_EDM}")
+        ends = {"sigma_min": config.get("sigma_min", 0.002), "sigma_max": config.get("sigma_max", 80.0)}
+        part = _part(
+            {"target": "ldm.diffusion.schedule.EDMSchedule", "params": ends}, "edm", learned_variance
+        )
+        part["params"]["sigma_data"] = config.get("sigma_data", 0.5)
+        return part
+    if name not in _SAMPLERS:
+        raise UnsupportedCheckpoint(where, f"is a {name}; known are {', '.join(CLASSES)}")
+    values = {**_DEFAULTS, **config}
+    if values["prediction_type"] not in _PREDICTIONS:
+        raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} is not known")
+    if values["trained_betas"] is not None:
+        params = {"betas": [float(beta) for beta in values["trained_betas"]]}
+    elif values["beta_schedule"] not in _BETAS:
+        known = ", ".join(_BETAS)
+        raise UnsupportedCheckpoint(where, f"beta_schedule={values['beta_schedule']!r}; known are {known}")
+    else:
+        params = {
+            "schedule": _BETAS[values["beta_schedule"]],
+            "timesteps": values["num_train_timesteps"],
+            "linear_start": values["beta_start"],
+            "linear_end": values["beta_end"],
+        }
+    params["zero_terminal_snr"] = bool(values["rescale_betas_zero_snr"])
+    schedule = {"target": "ldm.diffusion.schedule.DiscreteSchedule", "params": params}
+    return _part(schedule, _PREDICTIONS[values["prediction_type"]], learned_variance)
+
+
+def _part(schedule: dict, prediction: str, learned_variance: bool) -> dict[str, Any]:
+    params = {"schedule": schedule, "prediction": prediction, "learned_variance": learned_variance}
+    return {"target": "ldm.diffusion.denoiser.Denoiser", "params": params}
+
+
+def sampling_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(defaults for sampling: `sampler` and, where there is the same, `spacing`; what has no counterpart)."""
+    name, values, lost = config["_class_name"], {**_DEFAULTS, **config}, []
+    if name == _FLOW:
+        if config.get("shift", 1.0) != 1.0 or config.get("use_dynamic_shifting"):
+            lost.append("the shift of its timesteps")
+        return {"sampler": "euler"}, lost
+    if name == _EDM:
+        return {"sampler": "euler"}, lost
+    sampling = {"sampler": _SAMPLERS[name]}
+    if name == "EulerDiscreteScheduler":
+        values["timestep_spacing"] = config.get("timestep_spacing", "linspace")
+        if any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta")):
+            return sampling, ["the way it spaces its sigmas"]
+    to_zero = name in ("DDPMScheduler", "EulerDiscreteScheduler") or values.get(
+        "set_alpha_to_one", name == "DDIMScheduler"
+    )
+    key = (values["timestep_spacing"], values["steps_offset"], bool(to_zero))
+    spacing = {("leading", 1, False): "uniform", ("leading", 0, True): "leading"}.get(key)
+    if values["timestep_spacing"] == "trailing" and to_zero:
+        spacing = "trailing"
+    if spacing is None:
+        lost.append("the way it spaces its timesteps")
+    else:
+        sampling["spacing"] = spacing
+    if name in ("DDIMScheduler", "DDPMScheduler") and (values["clip_sample"] or values["thresholding"]):
+        lost.append("the clipping of its predictions (clip_sample or thresholding)")
+    return sampling, lost

@@ -1,0 +1,195 @@
+"""The first stages as diffusers' `AutoencoderKL` and `VQModel`: their configs, from ours and to ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ldm.checkpoints.architecture import NotExpressible, attending_levels, first_stage_arguments
+from ldm.checkpoints.diffusers.model_config import Reader
+from ldm.models.autoencoder import AutoencoderKL, VQModel
+from ldm.models.autoencoding_engine import AutoencodingEngine
+
+CLASSES = ("AutoencoderKL", "VQModel")
+
+#: What diffusers takes where a config says nothing.
+_DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"],
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "mid_block_add_attention": True,
+    "scaling_factor": 0.18215,
+}
+_DEFAULTS_KL = {
+    **_DEFAULTS,
+    "latent_channels": 4,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+}
+_DEFAULTS_VQ = {**_DEFAULTS, "latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None}
+_FIXED_KL = {"act_fn": "silu"}
+_FIXED_VQ = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": False}
+_HARMLESS = frozenset({"force_upcast"})
+_ATTENDS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
+_ATTENDS_UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+
+
+def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict[str, Any]:
+    """The config of the class that holds this first stage, without the latents' scale.
+
+    Raises:
+        NotExpressible: with everything that neither class has.
+    """
+    engine = isinstance(model, AutoencodingEngine) and model.regularizer == "kl"
+    if not engine and type(model) not in (AutoencoderKL, VQModel):
+        raise NotExpressible(
+            f"diffusers has no class for this {type(model).__name__}",
+            ["only a KL first stage, and a VQ one with convolutions around its latent, have one"],
+        )
+    arguments = first_stage_arguments(model)
+    dd = arguments["encoder" if engine else "ddconfig"]
+    attends = attending_levels(model)
+    _check_expressible(arguments, dd, attends)
+    config = {
+        "_class_name": "VQModel" if isinstance(model, VQModel) else "AutoencoderKL",
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        # With the plain types a level would be built without its attention, and only a warning say so.
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        "block_out_channels": [dd["ch"] * mult for mult in dd["ch_mult"]],
+        "layers_per_block": dd["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": dd["z_channels"],
+        "norm_num_groups": dd["num_groups"],
+        "sample_size": sample_size or dd["resolution"],  # diffusers divides by it: null will not do
+        "mid_block_add_attention": dd["attn_type"] == "vanilla",
+    }
+    if isinstance(model, VQModel):
+        return config | {"num_vq_embeddings": arguments["n_embed"], "vq_embed_dim": arguments["embed_dim"],
+                         "norm_type": "group", "lookup_from_codebook": False}  # fmt: skip
+    return config | {"use_quant_conv": not engine, "use_post_quant_conv": not engine}
+
+
+def _check_expressible(arguments: dict, dd: dict, attends: list[bool]) -> None:
+    reasons = []
+    if dd["attn_type"] not in ("vanilla", "none"):
+        reasons.append(
+            f"its attention is {dd['attn_type']}; diffusers' autoencoders have softmax attention only"
+        )
+    if dd["attn_type"] == "none" and any(attends):
+        reasons.append("attn_resolutions names levels, but attn_type is none")
+    if not dd["resamp_with_conv"]:
+        reasons.append("resamp_with_conv is False; diffusers resamples with convolutions")
+    if dd["tanh_out"] or dd["give_pre_end"]:
+        reasons.append("tanh_out and give_pre_end do not exist in diffusers")
+    if dd["ch_mult"][0] != 1:
+        reasons.append(
+            f"ch_mult begins with {dd['ch_mult'][0]}; in diffusers the first convolution has level 0's width"
+        )
+    if dd["double_z"] and arguments.get("embed_dim", dd["z_channels"]) != dd["z_channels"]:
+        reasons.append(
+            f"embed_dim {arguments['embed_dim']} is not z_channels {dd['z_channels']}; diffusers has one "
+            "number for both"
+        )
+    if "remap" in arguments:
+        reasons.append("the codebook's indices are remapped")
+    if reasons:
+        raise NotExpressible("diffusers' autoencoders cannot hold this first stage", reasons)
+
+
+def first_stage_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Target and params of the first stage that an `AutoencoderKL` or `VQModel` config describes.
+
+    Raises:
+        UnsupportedCheckpoint: something that the first stages here do not have.
+    """
+    kl = config["_class_name"] == "AutoencoderKL"
+    reader = Reader(
+        config, _DEFAULTS_KL if kl else _DEFAULTS_VQ, _FIXED_KL if kl else _FIXED_VQ, _HARMLESS, where
+    )
+    ddconfig = _ddconfig(reader) | {"double_z": kl}
+    if kl:
+        if reader["use_quant_conv"] != reader["use_post_quant_conv"]:
+            reader.refuse("use_quant_conv and use_post_quant_conv differ")
+        if not reader["use_quant_conv"]:
+            params = {"encoder": ddconfig, "decoder": dict(ddconfig), "regularizer": "kl"}
+            return {"target": "ldm.models.autoencoding_engine.AutoencodingEngine", "params": params}
+        params = {"ddconfig": ddconfig, "embed_dim": reader["latent_channels"]}
+        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+    embed_dim = reader["vq_embed_dim"] or reader["latent_channels"]
+    params = {"ddconfig": ddconfig, "n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
+    return {"target": "ldm.models.autoencoder.VQModel", "params": params}
+
+
+def _ddconfig(reader: Reader) -> dict[str, Any]:
+    widths = reader["block_out_channels"]
+    levels = len(widths)
+    attends = [_attends(reader, _ATTENDS, kind) for kind in reader["down_block_types"]]
+    attends_up = [_attends(reader, _ATTENDS_UP, kind) for kind in reader["up_block_types"]]
+    if len(attends) != levels or attends != attends_up[::-1]:
+        reader.refuse("attention lies at other levels in the encoder than in the decoder")
+    if any(width % widths[0] for width in widths):
+        reader.refuse(f"block_out_channels={widths} are no multiples of the first")
+    if any(attends) and not reader["mid_block_add_attention"]:
+        reader.refuse("there is attention at the levels, but none in the middle")
+    # Only the levels count, not the pixels: any size whose halves stay whole will do.
+    sample = reader["sample_size"]
+    resolution = max(sample if isinstance(sample, int) else 0, 2 ** (levels - 1))
+    return {
+        "z_channels": reader["latent_channels"],
+        "resolution": resolution,
+        "in_channels": reader["in_channels"],
+        "out_ch": reader["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": reader["layers_per_block"],
+        "attn_resolutions": [resolution // 2**i for i, attending in enumerate(attends) if attending],
+        "attn_type": "vanilla" if reader["mid_block_add_attention"] else "none",
+        "dropout": 0.0,
+        "num_groups": reader["norm_num_groups"],
+    }
+
+
+def _attends(reader: Reader, kinds: Mapping[str, bool], kind: str) -> bool:
+    if kind not in kinds:
+        reader.refuse(f"the block type {kind}; known are {', '.join(kinds)}")
+    return kinds[kind]
+
+
+def latent_scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """(shift, scale) of the latents, z = (latent - shift) * scale; one value for all channels or for each.
+
+    `latents_mean` and `latents_std` are used as diffusers' SDXL pipelines use them:
+    latent = z * latents_std / scaling_factor + latents_mean.
+    """
+    defaults = _DEFAULTS_KL if config["_class_name"] == "AutoencoderKL" else _DEFAULTS_VQ
+    values = {**defaults, **config}
+    scale = values["scaling_factor"]
+    shift = values.get("shift_factor") or 0.0
+    mean, std = values.get("latents_mean"), values.get("latents_std")
+    if mean is None or std is None:
+        return [float(shift)], [float(scale)]
+    return [float(m) for m in mean], [float(scale) / float(s) for s in std]
+
+
+def scale_config(shift: list[float], scale: list[float], one_number: bool) -> dict[str, Any]:
+    """The inverse of `latent_scale`, from one value for each channel.
+
+    Args:
+        one_number: the class has `scaling_factor` only (VQModel); where that does not say it all, it is 1.
+    """
+    uniform = len(set(shift)) == len(set(scale)) == 1
+    if one_number:
+        return {"scaling_factor": scale[0] if uniform and not shift[0] else 1.0}
+    if uniform:
+        return {"scaling_factor": scale[0], "shift_factor": shift[0] or None}
+    return {"scaling_factor": 1.0, "latents_mean": shift, "latents_std": [1 / s for s in scale]}

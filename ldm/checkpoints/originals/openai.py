@@ -1,0 +1,300 @@
+"""OpenAI's improved-diffusion and guided-diffusion (ADM): networks, and the flags they come with.
+
+These projects have no YAML. A config for them is a bare `target:` with `params:`, either a network
+(`guided_diffusion.unet.UNetModel`) or the function that makes one from the published flags
+(`guided_diffusion.script_util.create_model_and_diffusion`), and beside it, optionally, the section
+`diffusion:` with the flags of the diffusion. With that section a network becomes a `LatentDiffusion` over
+pixels, which can be sampled; without it, it stays a bare network.
+
+Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), Dhariwal & Nichol 2021
+(https://arxiv.org/abs/2105.05233).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ldm.checkpoints.originals import compvis
+from ldm.checkpoints.originals.original_yaml import Part, Reading
+from ldm.checkpoints.originals.translation import Translated, lookup, same_names, take_given
+from ldm.models.encoder_unet import EncoderUNetModel
+
+NUM_CLASSES = 1000  # of ImageNet: `class_cond` has no other
+TRAINING = {"use_kl": "the loss", "rescale_learned_sigmas": "the loss"}
+# Names of the schedules of betas: theirs, ours.
+BETAS = {"linear": "sqrt_linear", "cosine": "cosine"}
+# Levels by image size where `channel_mult` is not given: of the UNet, of its smaller 32-pixel version, ...
+MULTIPLIERS = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+SUPER_RES_MULTIPLIERS = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
+
+
+# Networks
+
+
+def unet(part: Part) -> Translated:
+    return compvis.unet(part, num_heads=1)
+
+
+def super_res(part: Part) -> Translated:
+    node = compvis.unet(part, num_heads=1).node
+    return Translated({"target": "ldm.models.encoder_unet.SuperResModel", "params": node["params"]})
+
+
+def classifier(part: Part) -> Translated:
+    params = take_given(part, same_names(EncoderUNetModel, ("use_fp16",)))
+    part.only("dims", (2,), "only images are supported")
+    part.ignore(
+        {
+            "use_fp16": "the type is chosen when the model is loaded",
+            "num_heads_upsample": "there is no upsampling",
+        }
+    )
+    part.finish()
+    return Translated({"target": "ldm.models.encoder_unet.EncoderUNetModel", "params": params})
+
+
+# The published flags
+
+
+def _flags(part: Part, size_name: str) -> tuple[int, dict[str, Any]]:
+    """(image size, arguments of the UNet) from the flags that all of the functions share."""
+    size = part.take(size_name, 64)
+    levels = MULTIPLIERS if size_name == "image_size" else SUPER_RES_MULTIPLIERS
+    given = part.take("channel_mult", "") if size_name == "image_size" else ""
+    if given == "" and size not in levels:
+        part.problem(
+            size_name, f"{size} has no channel_mult of its own (there are: {', '.join(map(str, levels))})"
+        )
+        part.reading.check()
+    params = {
+        "in_channels": 3,
+        "model_channels": part.take("num_channels", 128),
+        "out_channels": 6 if part.take("learn_sigma", False) else 3,
+        "num_res_blocks": part.take("num_res_blocks", 2),
+        "attention_resolutions": [
+            size // side for side in _numbers(part.take("attention_resolutions", "16,8"))
+        ],
+        "channel_mult": list(levels[size]) if given == "" else _numbers(given),
+        "num_heads": part.take("num_heads", 4),
+        "use_scale_shift_norm": part.take("use_scale_shift_norm", True),
+    }
+    if part.take("class_cond", False):
+        params["num_classes"] = NUM_CLASSES
+    optional = ("num_head_channels", "num_heads_upsample", "dropout", "use_checkpoint", "resblock_updown")
+    params |= take_given(part, {name: name for name in (*optional, "use_new_attention_order")})
+    part.ignore({"use_fp16": "the type is chosen when the model is loaded"})
+    return size, params
+
+
+def _numbers(value: Any) -> list[int]:
+    """ "32,16,8", one number, or a list of numbers."""
+    if isinstance(value, str):
+        value = value.split(",")
+    return [int(number) for number in ([value] if isinstance(value, int) else value)]
+
+
+_DIFFUSION_FLAGS = (
+    "diffusion_steps",
+    "noise_schedule",
+    "timestep_respacing",
+    "predict_xstart",
+    "rescale_timesteps",
+    "sigma_small",
+    *TRAINING,
+)
+
+
+def create_model(part: Part) -> Translated:
+    _, params = _flags(part, "image_size")
+    part.finish()
+    return Translated({"target": "ldm.models.unet.UNetModel", "params": params})
+
+
+def create_model_and_diffusion(part: Part) -> Translated:
+    diffusion = _diffusion_flags(part)
+    size, params = _flags(part, "image_size")
+    part.finish()
+    node = {"target": "ldm.models.unet.UNetModel", "params": params}
+    return with_diffusion(node, diffusion, size, part.place(), part.reading)
+
+
+def _diffusion_flags(part: Part) -> dict[str, Any]:
+    given = take_given(part, {name: name for name in _DIFFUSION_FLAGS})
+    if part.target.startswith("improved_diffusion."):
+        given.setdefault("rescale_timesteps", True)  # its default, unlike guided-diffusion's
+    return given | {"learn_sigma": bool(part.params.get("learn_sigma", False))}
+
+
+def sr_create_model_and_diffusion(part: Part) -> Translated:
+    diffusion = _diffusion_flags(part)
+    size, params = _flags(part, "large_size")
+    part.ignore({"small_size": "any low resolution is taken"})
+    part.finish()
+    node = {"target": "ldm.models.encoder_unet.SuperResModel", "params": params}
+    return with_diffusion(node, diffusion, size, part.place(), part.reading)
+
+
+def create_classifier(part: Part) -> Translated:
+    size = part.take("image_size", 64)
+    if size not in MULTIPLIERS:
+        part.problem("image_size", f"{size} is not supported (there are: {', '.join(map(str, MULTIPLIERS))})")
+        part.reading.check()
+    resolutions = _numbers(part.take("classifier_attention_resolutions", "32,16,8"))
+    params = {
+        "image_size": size,
+        "in_channels": 3,
+        "model_channels": part.take("classifier_width", 128),
+        "out_channels": NUM_CLASSES,
+        "num_res_blocks": part.take("classifier_depth", 2),
+        "attention_resolutions": [size // resolution for resolution in resolutions],
+        "channel_mult": list(MULTIPLIERS[size]),
+        "num_head_channels": 64,
+        "use_scale_shift_norm": part.take("classifier_use_scale_shift_norm", True),
+        "resblock_updown": part.take("classifier_resblock_updown", True),
+        "pool": part.take("classifier_pool", "attention"),
+    }
+    part.ignore({"classifier_use_fp16": "the type is chosen when the model is loaded"})
+    part.finish()
+    return Translated({"target": "ldm.models.encoder_unet.EncoderUNetModel", "params": params})
+
+
+# The diffusion
+
+
+def with_diffusion(node: dict, diffusion: dict, size: int, path: str, reading: Reading) -> Translated:
+    """A network as a `LatentDiffusion` over pixels; its file still has the bare network's names."""
+    network = dict(node["params"])
+    flags = _Flags(dict(diffusion), f"{path}.diffusion" if path else "diffusion", reading)
+    steps = flags.take("timesteps", "diffusion_steps", 1000)
+    learned = flags.take("learn_sigma", None, False)
+    schedule = {"timesteps": steps}
+    name = flags.take("beta_schedule", "noise_schedule", "linear")
+    if name not in BETAS:
+        flags.problem("beta_schedule", f"{name!r} is none of {', '.join(BETAS)}")
+    elif name == "linear":  # scaled so that any number of steps ends in the same noise
+        schedule |= {"linear_start": 1e-4 * 1000 / steps, "linear_end": 2e-2 * 1000 / steps}
+    schedule["schedule"] = BETAS.get(name, "cosine")
+    if flags.take("rescale_timesteps", None, False) and steps != 1000:
+        flags.problem(
+            "rescale_timesteps", f"is not supported with {steps} steps, of which the network's time is 0-1000"
+        )
+    respacing = str(flags.take("respacing", "timestep_respacing", ""))
+    small, start = flags.take("sigma_small", None, False), flags.take("predict_xstart", None, False)
+    flags.finish()
+    channels = network["out_channels"] // (2 if learned else 1)
+    params = {
+        "first_stage": {
+            "target": "ldm.models.autoencoder.IdentityFirstStage",
+            "params": {"channels": channels},
+        },
+        "network": _joint_network(node),
+        "denoiser": {
+            "target": "ldm.diffusion.denoiser.Denoiser",
+            "params": {
+                "prediction": "x0" if start else "eps",
+                "learned_variance": bool(learned),
+                "schedule": {"target": "ldm.diffusion.schedule.DiscreteSchedule", "params": schedule},
+            },
+        },
+        "conditioner": {
+            "target": "ldm.conditioning.Conditioner",
+            "params": {"embedders": _embedders(node, size)},
+        },
+        "image_size": size,
+        "clip_x0": True,
+        "sampler_defaults": {
+            "ddim": {"spacing": "leading" if respacing.startswith("ddim") or not respacing else "respaced"},
+            "ddpm": {
+                "spacing": "respaced",
+                "variance": "learned" if learned else "small" if small else "large",
+            },
+        },
+    }
+    return Translated(
+        {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}, lambda model: model.network
+    )
+
+
+class _Flags:
+    """The section `diffusion:`, in which a flag may have the project's name or a shorter one."""
+
+    def __init__(self, values: dict, path: str, reading: Reading):
+        self.values, self.path, self.reading, self.known = values, path, reading, []
+
+    def take(self, name: str, flag: str | None, default: Any) -> Any:
+        names = [name] if flag is None else [name, flag]
+        self.known += names
+        found = [self.values.pop(key) for key in names if key in self.values]
+        if len(found) > 1:
+            self.problem(name, f"is also given as {flag}")
+        return found[0] if found else default
+
+    def problem(self, name: str, what: str) -> None:
+        self.reading.problem(f"{self.path}.{name}", what)
+
+    def finish(self) -> None:
+        for name in self.values:
+            if name not in TRAINING:
+                self.problem(name, f"unknown (known: {', '.join([*self.known, *TRAINING])})")
+
+
+def _joint_network(node: dict) -> dict:
+    """The super-resolution network takes its low-resolution image as a condition beside the noisy one."""
+    if not node["target"].endswith(".SuperResModel"):
+        return node
+    params = node["params"] | {"in_channels": 2 * node["params"]["in_channels"]}
+    return {"target": "ldm.models.unet.UNetModel", "params": params}
+
+
+def _embedders(node: dict, size: int) -> list[dict]:
+    embedders = []
+    classes = node["params"].get("num_classes")
+    if classes is not None:
+        params = {"num_classes": classes, "key": "label", "also": ["y"]}
+        embedders.append({"target": "ldm.conditioning.vectors.Labels", "params": params})
+    if node["target"].endswith(".SuperResModel"):
+        params = {"key": "low_res", "size": size}
+        embedders.append({"target": "ldm.conditioning.maps.ImageMap", "params": params})
+    return embedders
+
+
+NETWORKS: dict[str, Callable[[Part], Translated]] = {
+    "guided_diffusion.unet.UNetModel": unet,
+    "guided_diffusion.unet.SuperResModel": super_res,
+    "guided_diffusion.unet.EncoderUNetModel": classifier,
+    "improved_diffusion.unet.UNetModel": unet,
+    "improved_diffusion.unet.SuperResModel": super_res,
+    "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel": classifier,
+}
+MODELS: dict[str, Callable[[Part], Translated]] = {
+    **NETWORKS,
+    "guided_diffusion.script_util.create_model": create_model,
+    "guided_diffusion.script_util.create_model_and_diffusion": create_model_and_diffusion,
+    "guided_diffusion.script_util.create_classifier": create_classifier,
+    "guided_diffusion.script_util.sr_create_model_and_diffusion": sr_create_model_and_diffusion,
+    "improved_diffusion.script_util.create_model": create_model,
+    "improved_diffusion.script_util.create_model_and_diffusion": create_model_and_diffusion,
+}
+
+
+def network(part: Part, diffusion: dict | None) -> Translated:
+    """A network of OpenAI's, with its section `diffusion` or without."""
+    translate = lookup(part, MODELS, "network of OpenAI's")
+    size = part.params.get("image_size")
+    found = translate(part)
+    if diffusion is None:
+        return found
+    if part.target not in NETWORKS or translate is classifier:
+        part.reading.problem("diffusion", f"does not go with {part.target}")
+        return found
+    if size is None:
+        part.problem(
+            "image_size", "is needed with a section `diffusion`, which makes a model that can be sampled"
+        )
+        return found
+    return with_diffusion(found.node, diffusion, size, "", part.reading)

@@ -1,0 +1,217 @@
+"""Reading the YAML of an original project: the model in it, and nothing else.
+
+Such a file describes a whole training run. Only its model is wanted here; data sets that were never released,
+paths that do not exist and settings of the training are noted, and are no errors.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ldm.config import ConfigError
+from ldm.config.signatures import is_target
+from ldm.wording import did_you_mean
+
+_REQUIRED = object()
+_OF_A_RUN = (
+    ". The training config of a diffusion model does not say all of the model, whose first stage is another "
+    "run's: load the run's model.safetensors or a checkpoint of it"
+)
+
+
+@dataclass
+class Reading:
+    """What came up while a YAML was read: `problems` are errors, `notes` say what was left unread and why."""
+
+    origin: str
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, path: str, what: str) -> None:
+        self.problems.append(f"{self.origin}: {path}: {what}")
+
+    def note(self, path: str, what: str) -> None:
+        self.notes.append(f"{path}: {what}")
+
+    def check(self) -> None:
+        """Raise one ConfigError with all problems so far."""
+        if self.problems:
+            raise ConfigError(*dict.fromkeys(self.problems))
+
+
+class Part:
+    """A `target` with its `params` in an original's YAML. Every parameter must be taken or ignored by name.
+
+    Attributes:
+        target: the dotted path of the class in the original project.
+        path: where the part stands in the YAML.
+    """
+
+    def __init__(self, node: Any, path: str, reading: Reading):
+        self.path, self.reading = path, reading
+        if not is_target(node):
+            reading.problem(path, f"expected a mapping with a target, got {node!r:.80}")
+            reading.check()
+        self.target = str(node["target"])
+        params = node.get("params")
+        if params is not None and not isinstance(params, Mapping):
+            reading.problem(self.place(), f"expected a mapping of parameters, got {params!r:.80}")
+            params = None
+        self.params: dict[str, Any] = dict(params or {})
+        # The learning rate stands beside `target` in all of these projects.
+        known = ("target", "params", "base_learning_rate")
+        self._beside = {name: value for name, value in node.items() if name not in known}
+        self._known: dict[str, None] = {}
+
+    def place(self, name: str = "") -> str:
+        """The path in the YAML of a parameter, or of all of them."""
+        return ".".join(filter(None, (self.path, "params", name)))
+
+    def take(self, name: str, default: Any = _REQUIRED) -> Any:
+        """The value of a parameter, or `default`; a missing one without a default is a problem."""
+        self._known[name] = None
+        if name in self.params:
+            return self.params.pop(name)
+        if default is _REQUIRED:
+            self.reading.problem(self.place(), f"{self.target} needs {name}")
+            self.reading.check()
+        return default
+
+    def part(self, name: str) -> "Part":
+        """A parameter that is itself a part."""
+        return Part(self.take(name), self.place(name), self.reading)
+
+    def take_beside(self, name: str, default: Any = None) -> Any:
+        """The value of a key that stands beside `target`."""
+        return self._beside.pop(name, default)
+
+    def ignore(self, names: Mapping[str, str]) -> None:
+        """Leave out parameters that have no part in the model: {name: reason}."""
+        for name, reason in names.items():
+            self._known[name] = None
+            value = self.params.pop(name, None)
+            if name in ("ckpt_path", "ckpt_engine") and value is not None:
+                self.reading.note(self.place(name), f"{value!r:.80} is not read: {reason}")
+
+    def only(self, name: str, allowed: tuple, why: str) -> None:
+        """Take a parameter that is known, but only with the values `allowed` (the first is its default)."""
+        value = self.take(name, allowed[0])
+        if value not in allowed:
+            self.problem(name, f"is {value!r}; {why}")
+
+    def problem(self, name: str, what: str) -> None:
+        self.reading.problem(self.place(name), what)
+
+    def finish(self) -> None:
+        """Whatever nobody asked for is a problem."""
+        known = list(self._known)
+        for name in self.params:
+            takes = ", ".join(known) or "nothing"
+            self.problem(name, f"unknown{did_you_mean(name, known)} ({self.target} takes: {takes})")
+        for name in self._beside:
+            self.reading.problem(
+                f"{self.path}.{name}" if self.path else name, "stands beside target; it is not known there"
+            )
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model part of a YAML, and the section `diffusion` that may stand beside it (see
+    `ldm.checkpoints.originals.openai`).
+    """
+
+    model: Part
+    diffusion: dict | None
+    reading: Reading
+
+
+def read_original(config: str | Path | Mapping) -> Original:
+    """The model in a YAML: a whole file with a `model:` tree, or a bare `target:` with its `params:`.
+
+    Interpolations such as `${model.params.first_stage_config}` are resolved against the whole file, but only
+    those in the model: a data section may refer to what does not exist.
+
+    Raises:
+        ConfigError: no such file, not YAML, no model in it, or an interpolation that leads nowhere.
+    """
+    tree, origin = read_tree(config)
+    reading = Reading(origin)
+    if "model" in tree:
+        path, keys = "model", ("model",)
+    elif "target" in tree:
+        path, keys = "", ("target", "params", "diffusion")
+    else:
+        raise ConfigError(
+            f"{origin}: has neither `model:` nor `target:` at its top, but "
+            + (", ".join(map(str, tree)) or "nothing")
+            + (_OF_A_RUN if "network" in tree else "")
+        )
+    try:
+        selected = OmegaConf.select(tree, "model") if path else OmegaConf.masked_copy(tree, list(tree))
+        node = (
+            OmegaConf.to_container(selected, resolve=True, throw_on_missing=True)
+            if selected is not None
+            else None
+        )
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or path
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{origin}: {where}: {reason}. References are to the whole file: if this is a part of one, "
+            "give the whole"
+        ) from error
+    diffusion = node.pop("diffusion", None) if isinstance(node, dict) and not path else None
+    if path == "" and isinstance(node, dict):
+        node = {
+            name: value for name, value in node.items() if name in ("target", "params", "base_learning_rate")
+        }
+    _note_sections(tree, keys, reading)
+    return Original(Part(node, path, reading), diffusion, reading)
+
+
+def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
+    """A YAML's content as it stands, interpolations unresolved, and what to call it in messages.
+
+    Raises:
+        ConfigError: no such file, or it is no YAML with a mapping.
+    """
+    if isinstance(config, Mapping | DictConfig):
+        return OmegaConf.create(config) if isinstance(config, Mapping) else config, "the config"
+    path = Path(config)
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
+        raise ConfigError(f"{path}: is a folder, not a YAML file (in it: {inside})")
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, beside)}")
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {str(error).strip()}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path}: expected a mapping with `model:` or `target:`")
+    return tree, str(path)
+
+
+def _note_sections(tree: DictConfig, read: tuple[str, ...], reading: Reading) -> None:
+    """Say which sections were not read, and which data sets a data section names."""
+    plain = OmegaConf.to_container(tree, resolve=False)
+    for name, section in plain.items():
+        if name in read or name == "base_learning_rate":
+            continue
+        targets = list(dict.fromkeys(t for t in _targets(section) if not t.startswith("main.")))
+        names = f" (it names {', '.join(targets)})" if name == "data" and targets else ""
+        reading.note(str(name), f"not read, only the model is wanted{names}")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if is_target(node):
+        yield str(node["target"])
+    children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
+    for child in children:
+        yield from _targets(child)

@@ -1,0 +1,206 @@
+"""Published models: a checkpoint of an original project with its YAML, loaded strictly.
+
+The YAML's targets are looked up in tables (`compvis`, `sgm`, `openai`), never imported. What comes out is a
+plain description in this toolkit's own terms, which is built without memory and then filled from the file.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints.native import FORMAT
+from ldm.checkpoints.originals import compvis, openai, sgm
+from ldm.checkpoints.originals.averaged_names import EMA_EXTRAS, EMA_PREFIX, ema_names
+from ldm.checkpoints.originals.original_yaml import Original, read_original
+from ldm.checkpoints.originals.translation import Translated, lookup, set_latent_scale
+from ldm.checkpoints.strict import HARMLESS, IgnoreRule, check_shapes, load_strict
+from ldm.checkpoints.unfilled import build_unfilled
+from ldm.config import ConfigError
+from ldm.config.signatures import resolve_target
+from ldm.weights.errors import CheckpointError
+from ldm.weights.reading import Weights, read_weights
+
+log = logging.getLogger(__name__)
+
+MODELS = compvis.MODELS | sgm.MODELS
+
+# Extra keys of published files beyond `HARMLESS`.
+PUBLISHED_HARMLESS: tuple[IgnoreRule, ...] = HARMLESS + (
+    IgnoreRule(
+        r"cond_stage_model\.loss\..+",
+        "the first stage's loss, under its second name as the condition's model",
+    ),
+    IgnoreRule(r"(.+\.)?attn_mask", "the causal mask of older OpenCLIP text encoders, a constant"),
+    IgnoreRule(r"(.+\.)?colorize", "a random projection that displays segmentations"),
+)
+# Where averaged weights are taken, those of the loss and the counters are all that may be left over.
+_AVERAGED_HARMLESS = tuple(rule for rule in PUBLISHED_HARMLESS if not rule.matches(EMA_PREFIX + "x")) + (
+    IgnoreRule(r"model_ema\.(decay|num_updates)", "counters of the averaging itself"),
+    IgnoreRule(r"model_ema\.loss.+", "averaged weights of the first stage's loss"),
+)
+
+
+def load_published(
+    path: str | Path,
+    config: str | Path | Mapping,
+    ema: bool = True,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model in a checkpoint of latent-diffusion, Stable Diffusion, sgm or OpenAI's diffusion projects.
+
+    `model.description` says what was loaded: its `model` is the YAML in this toolkit's terms, `notes` what
+    in the YAML was not read.
+
+    Args:
+        path: .ckpt, .pt, .pth, .bin, .safetensors, or the index of shards.
+        config: the original project's YAML, unchanged, or one of this toolkit with a `model:` or a bare
+            `target:`; a file or its content.
+        ema: take the averaged weights where the file has them.
+        dtype: of the floating-point parameters; None is float32.
+
+    Raises:
+        ConfigError: an unknown target or parameter, or one that is not supported; all of them, with
+            their paths in the YAML.
+        CheckpointError: the file is damaged, unsafe, or has missing, extra or mis-shaped keys; lists all,
+            under the names that the file has.
+    """
+    original = read_original(config)
+    translated = translate(original)
+    model = build_empty(translated, dtype, original.reading.origin)
+    weights = read_weights(path)
+    averaged = fill(model, translated, weights, ema, str(path))
+    for note in original.reading.notes:
+        log.info("%s: %s", original.reading.origin, note)
+    step = weights.extra.get("global_step")
+    model.description = {
+        "format": FORMAT,
+        "model": translated.node,
+        "classes": None,
+        "sampling": None,
+        "weights": "ema" if averaged else "raw",
+        "step": step if isinstance(step, int) else None,
+        "notes": original.reading.notes,
+    }
+    return model
+
+
+def translate(original: Original) -> Translated:
+    """An original's model in this toolkit's terms; a model that is in these terms already stays as it is.
+
+    Raises:
+        ConfigError: every unknown or unsupported target and parameter.
+    """
+    reading = original.reading
+    try:
+        found = _translate(original)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        reading.problem(
+            original.model.path or "target", f"values that make no sense: {type(error).__name__}: {error}"
+        )
+    reading.check()
+    return found
+
+
+def _translate(original: Original) -> Translated:
+    part, reading = original.model, original.reading
+    if part.target in openai.MODELS:
+        return openai.network(part, original.diffusion)
+    if original.diffusion is not None:
+        reading.problem("diffusion", f"does not go with {part.target}")
+    if part.target not in MODELS and _is_native(part.target):
+        return Translated({"target": part.target, "params": part.params}, averaged=None)
+    return lookup(part, MODELS | openai.MODELS, "model")(part)
+
+
+def _is_native(target: str) -> bool:
+    try:
+        return issubclass(resolve_target(target), nn.Module)
+    except (ValueError, TypeError):
+        return False
+
+
+def build_empty(
+    translated: Translated, dtype: torch.dtype | None = None, origin: str = "the config"
+) -> nn.Module:
+    """The model without memory for its parameters (on the meta device), in eval mode.
+
+    Raises:
+        ConfigError, UnsupportedCheckpoint: parameters that the classes refuse, parts that do not fit.
+    """
+    model = build_unfilled(translated.node, f"{origin} (in this toolkit's terms)")
+    return model if dtype is None else model.to(dtype=dtype)
+
+
+def fill(model: nn.Module, translated: Translated, weights: Weights, ema: bool, where: str) -> bool:
+    """Put a file's weights into a model that `build_empty` made; True if they are the averaged ones.
+
+    Raises:
+        CheckpointError: missing, extra or mis-shaped keys, or a scale of the latents that is not the YAML's.
+    """
+    view = translated.view(model)
+    tensors = dict(weights.tensors)
+    # First: of a file that holds another model, the averages would be the lesser part of the matter.
+    name = type(model).__name__
+    check_shapes(view, tensors, ignore=PUBLISHED_HARMLESS, where=where, name=name)
+    averaged = (
+        ema and translated.averaged is not None and take_averaged(tensors, view, translated.averaged, where)
+    )
+    if translated.latent_scale is not None and not translated.scale_in_file:
+        _check_scale(tensors.get("scale_factor"), translated.latent_scale, where)
+    rules = _AVERAGED_HARMLESS if averaged else PUBLISHED_HARMLESS
+    load_strict(view, tensors, ignore=rules, where=where, assign=True, name=name)
+    if translated.scale_in_file:
+        if not view.scale_factor:
+            raise CheckpointError(where, "carries a scale_factor of 0, with which no latent can be decoded")
+        set_latent_scale(model, view.scale_factor)
+    return averaged
+
+
+def take_averaged(tensors: dict[str, Tensor], view: nn.Module, beginning: str, where: str) -> bool:
+    """Replace the parameters of a state dict by their averaged copies, if it has any, and remove these.
+
+    Args:
+        tensors: changed in place.
+        view: has the parameters under the file's names.
+        beginning: of the names that were averaged; the copies' names leave it out.
+
+    Raises:
+        CheckpointError: some parameters have an averaged copy and others none.
+    """
+    counters = {EMA_PREFIX + name for name in EMA_EXTRAS}
+    if not any(name.startswith(EMA_PREFIX) and name not in counters for name in tensors):
+        return False
+    names = [name for name, _ in view.named_parameters() if name.startswith(beginning)]
+    copies = {
+        copy: beginning + name for copy, name in ema_names(n.removeprefix(beginning) for n in names).items()
+    }
+    missing = [f"{copy} (of {name})" for copy, name in copies.items() if copy not in tensors]
+    if missing:
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        raise CheckpointError(
+            where,
+            f"has averaged copies of some parameters, but {len(missing)} are missing: {shown}; see ema=False",
+        )
+    for copy, name in copies.items():
+        tensors[name] = tensors.pop(copy)
+    return True
+
+
+def _check_scale(found: Tensor | None, expected: float, where: str) -> None:
+    """A scale that the file carries must be the YAML's: with another the images would be silently wrong."""
+    if found is None:
+        return
+    if found.numel() != 1:
+        raise CheckpointError(where, f"carries a scale_factor of shape {tuple(found.shape)}, not one number")
+    if abs(found.double().item() - expected) <= 1e-4 * abs(expected):
+        return
+    raise CheckpointError(
+        where,
+        f"carries scale_factor {found.item():.6g}, the config says {expected}: the model was trained with "
+        "scale_by_std; set scale_by_std: true in the config",
+    )

@@ -1,0 +1,105 @@
+"""`${from_run:RUN,KEY}` in a YAML: a value that another run's `config.yaml` has."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ldm import config as configuration
+from ldm.config.tree import ConfigError, leaves, parts_of
+from ldm.wording import nearest
+
+_MANDATORY = re.compile(r"\$\{from_run:([^,]*),([^,]*)\}")
+_ALONE = re.compile(r"\$\{from_run:[^:]*\}")
+_NONE = object()
+#: What a data set's params say about the images, besides what the shipped configs take over.
+_ABOUT_IMAGES = ("channels", "background", "on_error", "layout", "extensions", "max_pixels")
+
+
+def from_run(
+    run: str | None, key: str, default: Any = _NONE, *, _root_: Any = None, _node_: Any = None
+) -> Any:
+    """A value from another run's `config.yaml`; in a YAML `${from_run:${first_stage},data.params.root}`.
+
+    A run that goes on keeps what it took when it began, whatever became of the other run since. `run` may
+    also be the YAML of a run that has not begun, for those who plan. `default`, a third argument, stands
+    where nothing says the value; without one, that is an error.
+
+    Raises:
+        ConfigError: there is no such run, or it does not have the key.
+    """
+    kept = _kept(run, _root_, _node_)
+    if kept is not None:
+        return kept
+    file = None if run is None else Path(run) / "config.yaml"
+    if run is not None and Path(run).suffix in (".yaml", ".yml"):
+        file = Path(run)
+    if file is None or not file.is_file():
+        if default is not _NONE:
+            return default
+        raise ConfigError(_no_run(run, key, _root_))
+    value = OmegaConf.select(OmegaConf.load(file), key)
+    if value is None and default is _NONE:
+        raise ConfigError(f"{file} has no {key}; give {key}=... yourself")
+    return default if value is None else configuration.to_plain(value)
+
+
+# OmegaConf renamed the function in 2.4.
+register = getattr(OmegaConf, "register_resolver", None) or OmegaConf.register_new_resolver
+register("from_run", from_run, replace=True)
+
+
+def _kept(run: str | None, root: Any, node: Any) -> Any:
+    """What the run that is about to go on took for this place of its config; None where none goes on."""
+    if not isinstance(root, DictConfig) or not _ALONE.fullmatch(str(node._value())):
+        return None
+    name, runs = OmegaConf.select(root, "name"), OmegaConf.select(root, "runs") or "runs"
+    folder = Path(str(runs)) / str(name)
+    if not (folder / "config.yaml").is_file() or not list(folder.glob("checkpoints/step-*.ckpt")):
+        return None
+    own = OmegaConf.load(folder / "config.yaml")
+    if OmegaConf.select(own, "first_stage") != run:
+        return None
+    value = OmegaConf.select(own, ".".join(parts_of(node._get_full_key(None))))
+    return None if value is None else configuration.to_plain(value)
+
+
+def _no_run(run: str | None, key: str, root: Any) -> str:
+    """Why there is nothing to take values from, and what to give; the same for every key."""
+    tree = OmegaConf.to_container(root, resolve=False) if isinstance(root, DictConfig) else {}
+    wanted = [path for path, value in leaves(tree) if _MANDATORY.search(str(value))] or [key]
+    give = "give " + " and ".join(f"{path}=..." for path in wanted)
+    name = "first_stage" if tree.get("first_stage") == run else "run"
+    if run is None:
+        return f"{name} is null, so there is no run to take the images from; {give}"
+    path = Path(run)
+    if path.is_file():
+        return (
+            f"{name} {run} is a file, which does not say what images it was trained on; {give}, or the run "
+            "folder in the file's place"
+        )
+    around = path if path.is_dir() else path.parent
+    runs = sorted(p.name for p in around.glob("*") if (p / "config.yaml").is_file())
+    near = nearest(path.name, runs) or (runs[0] if len(runs) == 1 else None)
+    meant = f"; did you mean {around / near}?" if near else ";"
+    there = f" {around} has {', '.join(runs)}" if runs else f" {give} yourself, or train an autoencoder first"
+    if path.is_dir():
+        return f"{name} {run} is no run folder (it has no config.yaml){meant}{there}"
+    return f"{name} {run} does not exist{meant}{there}"
+
+
+def not_repeated(run: Any, cfg: DictConfig) -> list[str]:
+    """Params of the first stage's data, `on_error=report`, that this run's data set leaves at another value.
+
+    Only for runs over the images that the first stage was trained on.
+    """
+    file = None if run.first_stage is None else Path(run.first_stage) / "config.yaml"
+    if file is None or not file.is_file():
+        return []
+    other = OmegaConf.load(file).get("data") or {}
+    theirs, ours = other.get("params") or {}, cfg.data.get("params") or {}
+    if other.get("target") != cfg.data.target or theirs.get("root") != ours.get("root"):
+        return []
+    lacks = [name for name in _ABOUT_IMAGES if name in theirs and name not in ours]
+    return [f"data.params.{name}={theirs[name]}" for name in lacks]

@@ -1,0 +1,172 @@
+"""What every image dataset shares: how it is asked for samples, its split, its seed."""
+
+import copy
+import hashlib
+import json
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ldm.data.loading.hashing import check_seed
+from ldm.wording import counted
+
+# A sample is asked for by index alone (the plain view) or by (index, position in the run).
+Entry = int | tuple[int, int]
+
+
+def parse_entries(entries: Sequence[Entry], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and positions, int64 (B,) each; an entry without a position gets -1.
+
+    Raises:
+        IndexError: an index outside [0, length).
+        ValueError: a negative position.
+    """
+    pairs = [entry if isinstance(entry, tuple | list) else (operator.index(entry), -1) for entry in entries]
+    indices = np.array([index for index, _ in pairs], dtype=np.int64)
+    positions = np.array([position for _, position in pairs], dtype=np.int64)
+    outside = (indices < 0) | (indices >= length)
+    if outside.any():
+        raise IndexError(f"index {indices[outside][0]} of a dataset of {length} samples")
+    if (positions < -1).any():
+        raise ValueError(f"position must not be negative, got {positions.min()}")
+    return indices, positions
+
+
+def check_validation(validation: float | int) -> float | int:
+    """A share in [0, 1) or a count; ValueError otherwise."""
+    good = not isinstance(validation, bool) and isinstance(validation, int | float)
+    if not good or validation < 0 or (isinstance(validation, float) and not validation < 1):
+        raise ValueError(
+            f"validation must be a share in [0, 1) such as 0.02, or a number of images such as 500, "
+            f"got {validation!r}"
+        )
+    return validation
+
+
+def validation_mask(hashes: np.ndarray, validation: float | int) -> np.ndarray:
+    """Which samples belong to validation, bool (N,), by their names' hashes uint64 (N,).
+
+    A share takes every sample whose hash falls under it: files that are added later move nobody else. A count
+    takes the smallest hashes. Equal hashes stay together. Training always keeps a sample, and validation gets
+    at least one of two or more when `validation` is above 0.
+
+    Raises:
+        ValueError: a count that leaves nothing to train on.
+    """
+    if validation == 0:
+        return np.zeros(len(hashes), dtype=bool)
+    if isinstance(validation, int):
+        if validation >= len(hashes):
+            count = counted(len(hashes), "image")
+            raise ValueError(f"validation={validation} leaves nothing to train on of {count}")
+        chosen = hashes <= np.partition(hashes, validation - 1)[validation - 1]
+    else:
+        chosen = hashes.astype(np.float64) * 2.0**-64 < validation
+        if not chosen.any() and len(hashes) >= 2:
+            chosen[hashes.argmin()] = True
+    if chosen.all():
+        chosen[hashes.argmax()] = False
+    return chosen
+
+
+def fingerprint_of(*parts: np.ndarray | dict) -> str:
+    """sha256 of arrays (by their bytes) and of JSON-like options, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class ImageDataset(Dataset):
+    """Base of the map-style image datasets.
+
+    `ds[(index, position)]` is the sample as training sees it at `position`, the count of samples since the
+    start of the run: crop and flip are pure functions of (seed, position). `ds[index]` is the plain view:
+    centre crop, no flip, position -1. A sample is a dict of
+
+        image     float32 (channels, size, size) in [-1, 1]
+        label     int64, when the set has classes
+        index     int64, within this dataset
+        position  int64
+
+    Attributes:
+        size, channels, crop, flip: how samples are made.
+        classes: names of the classes in the order of their labels, or None.
+        part: "all", "train" or "validation".
+        rows: int64 (len,), which samples of the whole set this part has.
+        in_memory: whether samples cost no reading, so that worker processes would only slow them down.
+    """
+
+    in_memory = False
+    crop = "center"
+    classes: list[str] | None = None
+
+    def __init__(self, count: int, size: int, channels: int, flip: bool, validation: float | int):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be a positive integer (pixels of a side), got {size!r}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
+        if not isinstance(flip, bool):
+            raise ValueError(f"flip must be true or false, got {flip!r}")
+        self.size = size
+        self.channels = channels
+        self.flip = flip
+        self.validation = check_validation(validation)
+        self.seed = 0
+        self.part = "all"
+        self.rows = np.arange(count)
+        self._labels: np.ndarray | None = None  # int64, of the whole set
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int64 (len,) in [0, num_classes), or None without classes."""
+        return None if self._labels is None else self._labels[self.rows]
+
+    @property
+    def sample_bytes(self) -> int:
+        """What the image of a sample takes on its way out of a worker process."""
+        return self.channels * self.size**2 * torch.float32.itemsize
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes) if self.classes else 0
+
+    def set_seed(self, seed: int) -> None:
+        """Choose the crops and flips of a run. Call it before a loader starts: workers hold a copy."""
+        self.seed = check_seed(seed)
+
+    def split(self, part: str) -> "ImageDataset":
+        """The training or the validation part; they share what the whole holds in memory.
+
+        With `validation` 0, or with a single image, the validation part has length 0.
+        """
+        if part not in ("train", "validation"):
+            raise ValueError(f'split must be "train" or "validation", got {part!r}')
+        if self.part != "all":
+            raise ValueError(f"this dataset is already the {self.part} part")
+        view = copy.copy(self)
+        view.part = part
+        view.rows = np.flatnonzero(self._part_mask(part))
+        return view
+
+    def _part_mask(self, part: str) -> np.ndarray:
+        chosen = validation_mask(self._split_hashes(), self.validation)
+        return chosen if part == "validation" else ~chosen
+
+    def _split_hashes(self) -> np.ndarray:
+        """uint64 hash of what each sample of the whole set is called."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """64 hex digits that change with the images, the labels, or how the plain view is made."""
+        raise NotImplementedError

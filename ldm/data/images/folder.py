@@ -1,0 +1,243 @@
+"""A folder of images as a dataset."""
+
+import logging
+import math
+import os
+import shlex
+
+import numpy as np
+import torch
+
+from ldm.data.images.dataset import Entry, ImageDataset, fingerprint_of, parse_entries
+from ldm.data.images.decode import MAX_PIXELS, BadImageError, read_image
+from ldm.data.images.pixels import cut_square, normalize_pixels, parse_background, square_box, to_pixels
+from ldm.data.images.scan import EXTENSIONS, Scan, assign_classes, scan_folder
+from ldm.data.loading.hashing import flip_mask, hash64, name_hash
+from ldm.data.loading.shared_memory import to_shared
+from ldm.wording import counted, some
+
+logger = logging.getLogger(__name__)
+
+_MAX_REPLACEMENTS = 20
+
+
+class ImageFolder(ImageDataset):
+    """All images under a folder, with one class a subfolder where it has subfolders. See `ImageDataset` for
+    samples.
+
+    Subfolders are read to any depth; the first part of the path names the class, classes are sorted by name.
+    A folder that holds both loose images and subfolders with images is taken as one set without classes, with
+    a warning; `layout="classes"` leaves the loose images out instead. What was ignored (files of other kinds,
+    hidden files, broken links) is counted in `summary()`.
+
+    PNG, JPEG, WebP, BMP, TIFF and GIF of any mode become 8-bit RGB: the first frame of an animation, turned
+    upright by EXIF, transparency over `background`, 16 bits scaled down; colour profiles are not applied.
+    Smaller images than `size` are enlarged, with one warning and a count.
+
+    Args:
+        root: the folder; `~` is understood.
+        size: pixels of a side.
+        crop: "center" or "random" (see `images.square_box`); the plain view is always the centre.
+        crop_scale: least and largest share of the shorter side that a random crop keeps.
+        flip: mirror half of the samples.
+        background: what shows through transparent parts, three integers in 0..255 or a colour name.
+        channels: 3, or 1 for grey.
+        validation: share in [0, 1) or number of images that `split("validation")` gets. A file's part is a
+            function of its path below root, so adding files moves no other (with a share; with a number,
+            few).
+        layout: "auto", "flat" (no classes) or "classes".
+        on_error: what an unreadable file does: "raise" stops and names it; "report" names it once as a
+            warning, counts it, and takes another image in its place, the same one each time.
+        max_pixels: refuse to decode larger images.
+        extensions: endings of file names that are images.
+
+    Raises:
+        ValueError: on a missing or empty folder, a bad argument, or empty files with on_error="raise".
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        size: int,
+        crop: str = "center",
+        crop_scale: tuple[float, float] = (0.8, 1.0),
+        flip: bool = False,
+        background: str | tuple[int, int, int] = (255, 255, 255),
+        channels: int = 3,
+        validation: float | int = 0.02,
+        layout: str = "auto",
+        on_error: str = "raise",
+        max_pixels: int = MAX_PIXELS,
+        extensions: tuple[str, ...] = EXTENSIONS,
+    ):
+        _check_choice("crop", crop, ("center", "random"))
+        _check_choice("layout", layout, ("auto", "flat", "classes"))
+        _check_choice("on_error", on_error, ("raise", "report"))
+        if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale must be two shares with 0 < least <= largest <= 1, got {crop_scale!r}"
+            )
+        super().__init__(0, size, channels, flip, validation)  # bad arguments show before the folder is read
+        self.crop = crop
+        self.crop_scale = tuple(crop_scale)
+        self.background = parse_background(background)
+        self.on_error = on_error
+        self.max_pixels = max_pixels
+        scan = scan_folder(os.fspath(root), extensions)
+        if scan.empty and on_error == "raise":
+            raise ValueError(
+                f"{scan.root} has {counted(len(scan.empty), 'empty image file')} (0 bytes): "
+                f"{some(scan.empty)}. {_ways_out(scan.root)}"
+            )
+        self.classes, self._labels = assign_classes(scan, layout)
+        self.rows = np.arange(len(scan.paths))
+        self._scan = scan
+        # What is known about each file, shared with the worker processes: one byte, set and never cleared, so
+        # that nobody has to lock.
+        self._bad = to_shared(torch.zeros(len(scan.paths), dtype=torch.uint8))
+        self._enlarged = to_shared(torch.zeros(len(scan.paths), dtype=torch.uint8))
+        logger.log(
+            logging.WARNING if scan.empty or scan.closed_folders else logging.INFO, "%s", self.summary()
+        )
+
+    @property
+    def root(self) -> str:
+        return self._scan.root
+
+    @property
+    def scan(self) -> Scan:
+        """What the search of the folder found and left out."""
+        return self._scan
+
+    def path(self, index: int) -> str:
+        """The file of a sample."""
+        return self._full_path(int(self.rows[index]))
+
+    def _full_path(self, row: int) -> str:
+        return os.path.join(self.root, *self._scan.paths[row].split("/"))
+
+    def empty_files(self) -> list[str]:
+        """Image files of zero bytes; they are not among the samples."""
+        return [os.path.join(self.root, *path.split("/")) for path in self._scan.empty]
+
+    def bad_files(self) -> list[str]:
+        """Files that turned out unreadable so far, in all worker processes and parts, empty ones included."""
+        unreadable = [self._full_path(int(row)) for row in np.flatnonzero(self._bad.numpy())]
+        return sorted(self.empty_files() + unreadable)
+
+    @property
+    def enlarged(self) -> int:
+        """How many images smaller than `size` have been enlarged so far."""
+        return int(np.count_nonzero(self._enlarged.numpy()))
+
+    def summary(self) -> str:
+        """One line: what is there, what was ignored, what turned out bad."""
+        text = f"{self.root}: {counted(len(self), 'image')}"
+        if self.part != "all":
+            text += f" for {self.part}"
+        if self.classes:
+            text += f" in {counted(len(self.classes), 'class', 'classes')} ({some(self.classes)})"
+        if ignored := self._scan.ignored():
+            text += f"; ignored {ignored}"
+        if bad := self.bad_files():
+            text += f"; {len(bad)} unreadable ({some(bad)})"
+        if self.enlarged:
+            text += f"; {self.enlarged:,} smaller than {self.size} pixels enlarged"
+        return text
+
+    def fingerprint(self) -> str:
+        paths = self._scan.paths
+        options = {
+            "kind": "ImageFolder",
+            "version": 1,
+            "size": self.size,
+            "channels": self.channels,
+            "crop": self.crop,
+            "crop_scale": self.crop_scale if self.crop == "random" else None,
+            "background": self.background,
+            "classes": [os.fsencode(name).hex() for name in self.classes] if self.classes else None,
+        }
+        return fingerprint_of(
+            options, paths.buffer, paths.offsets, self._scan.sizes, self._scan.mtimes, self.rows
+        )
+
+    def _split_hashes(self) -> np.ndarray:
+        paths = self._scan.paths
+        return np.array([name_hash(paths.bytes_at(i)) for i in range(len(paths))], dtype=np.uint64)
+
+    @property
+    def sample_bytes(self) -> int:
+        return super().sample_bytes // torch.float32.itemsize
+
+    def __getitem__(self, entry: Entry) -> dict[str, torch.Tensor]:
+        sample = self.compact(entry)
+        return {**sample, "image": normalize_pixels(sample["image"])}
+
+    def compact(self, entry: Entry) -> dict[str, torch.Tensor]:
+        """A sample whose image is uint8 (C, H, W), a quarter of the bytes; see `normalize_pixels`."""
+        indices, positions = parse_entries([entry], len(self))
+        index, position = int(indices[0]), int(positions[0])
+        image, index = self._pixels_or_replacement(index, position)
+        if self.flip and flip_mask(self.seed, positions)[0]:
+            image = image.flip(-1)
+        sample = {"image": image, "index": torch.tensor(index), "position": torch.tensor(position)}
+        if self._labels is not None:
+            sample["label"] = torch.tensor(int(self._labels[self.rows[index]]))
+        return sample
+
+    def _pixels_or_replacement(self, index: int, position: int) -> tuple[torch.Tensor, int]:
+        first = index
+        for attempt in range(_MAX_REPLACEMENTS):
+            row = int(self.rows[index])
+            try:
+                return self._pixels(row, position), index
+            except BadImageError as error:
+                if self.on_error == "raise":
+                    raise BadImageError(f"{error}. {_ways_out(self.root)}") from error
+                self._report_bad(row, error)
+            index = int(hash64(0, "replacement", first, attempt)[0] % np.uint64(len(self)))
+        raise BadImageError(
+            f"no readable image in {_MAX_REPLACEMENTS} tries, the last was {self._full_path(row)}: "
+            f"is the folder {self.root} still there?"
+        )
+
+    def _pixels(self, row: int, position: int) -> torch.Tensor:
+        """uint8 (channels, size, size) of a file."""
+        path = self._full_path(row)
+        least = self.crop_scale[0] if self.crop == "random" and position >= 0 else 1.0
+        decoded = read_image(path, shrink_to=math.ceil(self.size / least), max_pixels=self.max_pixels)
+        if min(decoded.size) < self.size:
+            self._report_enlarged(row, decoded.size)
+        box = square_box(*decoded.size, self.size, self.crop, self.crop_scale, self.seed, position)
+        try:
+            return to_pixels(cut_square(decoded, box, self.size, self.background), self.channels)
+        except ValueError as error:
+            raise BadImageError(f"{path}: {error}") from error
+
+    def _report_bad(self, row: int, error: BadImageError) -> None:
+        if not self._bad[row]:
+            self._bad[row] = 1
+            count = np.count_nonzero(self._bad.numpy())
+            logger.warning("unreadable image %d of this run, another takes its place: %s", count, error)
+
+    def _report_enlarged(self, row: int, size: tuple[int, int]) -> None:
+        if not self._enlarged.numpy().any():
+            logger.warning(
+                "%s is %dx%d, smaller than size=%d, and is enlarged, as are others like it (told once)",
+                self._full_path(row),
+                *size,
+                self.size,
+            )
+        self._enlarged[row] = 1
+
+
+def _ways_out(root: str) -> str:
+    return (
+        f"`ldm verify {shlex.quote(root)}` lists all such files; data.params.on_error=report goes on without "
+        "them"
+    )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,57 @@
+"""Reading every file of a folder to find the bad ones."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.data.images.decode import BadImageError, read_image
+from ldm.data.images.folder import ImageFolder
+from ldm.data.images.pixels import to_rgb
+from ldm.data.loading.loader import make_loader
+from ldm.data.loading.order import SequentialBatches
+
+
+class BadFile(NamedTuple):
+    path: str
+    reason: str
+
+
+class _Check(Dataset):
+    def __init__(self, images: ImageFolder):
+        self.images = images
+
+    def __getitem__(self, index: int) -> BadFile | None:
+        path = self.images.path(index)
+        try:
+            decoded = read_image(path, max_pixels=self.images.max_pixels)
+        except BadImageError as error:
+            return BadFile(path, str(error).removeprefix(f"{path}: "))
+        try:
+            to_rgb(decoded.image, self.images.background)
+        except ValueError as error:
+            return BadFile(path, str(error))
+        return None
+
+
+def verify(
+    images: ImageFolder, num_workers: int | str = "auto", progress: Callable[[int, int], None] | None = None
+) -> list[BadFile]:
+    """Decode every file at full size and list those that cannot become a sample, empty ones first.
+
+    Args:
+        images: the folder, made with on_error="report" if it may hold empty files.
+        num_workers: as for `make_loader`.
+        progress: called with (files done, files in all) after every few files.
+    """
+    bad = [BadFile(path, "empty file (0 bytes)") for path in images.empty_files()]
+    batches = SequentialBatches(np.arange(len(images)), batch_size=16)
+    loader = make_loader(_Check(images), batches, num_workers, pin_memory=False, collate_fn=list)
+    done = 0
+    for found in loader:
+        bad += [entry for entry in found if entry is not None]
+        done += len(found)
+        if progress is not None:
+            progress(done, len(images))
+    return bad

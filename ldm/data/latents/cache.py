@@ -1,0 +1,296 @@
+"""Latents encoded once, kept on disk, read as fast as memory."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ldm.data.images.dataset import Entry, parse_entries
+from ldm.data.latents.fill import CAPTIONS, DTYPES, LABELS, MANIFEST, encode_into
+from ldm.data.latents.other_caches import tell_other_caches
+from ldm.data.latents.statistics import MomentsFn, Progress
+from ldm.data.latents.strings import StringTable
+from ldm.data.loading.hashing import check_seed, flip_mask
+from ldm.data.loading.loader import make_loader
+from ldm.data.loading.order import SequentialBatches
+from ldm.files import locked, remove_leftovers, whole_folder
+from ldm.wording import counted
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+#: What a cache keeps of a sample besides its latent, where the images have it.
+BESIDE_LATENTS = ("label", "caption")
+
+
+class LatentCache:
+    """The latents of a dataset in memory-mapped shards.
+
+    A row holds an image's posterior mean and standard deviation, for each orientation: (O, M, c, h, w) with O
+    = 2 when the dataset mirrors, and M = 1 for a first stage without spread (std all zero), which then takes
+    half the space. `manifest.json` says what the latents were made from; it is written last, and the whole
+    folder appears by a rename, so a cache is complete or not there.
+
+    float16 rounds each value by at most 2^-11 (0.05 %) of itself, or 2^-25 where that is more, far below what
+    a decoder shows; float32 makes cached training equal to encoding on the fly. "auto" is float32 up to 1
+    GiB, float16 beyond.
+
+    Make one with `build`, train from `dataset()`.
+
+    Attributes:
+        directory: where it lies.
+        shape: (c, h, w) of a latent.
+        dtype: "float32" or "float16".
+        flips: whether both orientations are held.
+        labels: int64 (len,) or None. classes: their names or None.
+        latent_mean, latent_std: float32 (c,), statistics of sampled latents (see `ChannelStatistics`), taken
+            before rounding and over all orientations.
+        fingerprint: 64 hex digits of what the latents were made from.
+    """
+
+    def __init__(self, directory: Path, manifest: dict):
+        self.directory = directory
+        self.manifest = manifest
+        self.shape = tuple(manifest["shape"])
+        self.dtype: str = manifest["dtype"]
+        self.flips: bool = manifest["orientations"] == 2
+        self.classes: list[str] | None = manifest["classes"]
+        self.fingerprint: str = manifest["fingerprint"]
+        self.latent_mean = torch.tensor(manifest["latent_mean"])
+        self.latent_std = torch.tensor(manifest["latent_std"])
+        self.labels = np.load(directory / LABELS) if manifest["has_labels"] else None
+        self.captions = StringTable.load(directory / CAPTIONS) if manifest["has_captions"] else None
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    @classmethod
+    def build(
+        cls,
+        dataset: Dataset,
+        moments_fn: MomentsFn,
+        directory: str | Path,
+        *,
+        first_stage: str,
+        flips: bool | None = None,
+        dtype: str = "auto",
+        batch_size: int = 32,
+        shard_bytes: int = 256 << 20,
+        num_workers: int | str = "auto",
+        progress: Progress | None = None,
+        reuse: bool = True,
+    ) -> "LatentCache":
+        """Open the cache at `directory` if it belongs to this data and first stage, else build it there.
+
+        A stale, damaged or half-built cache is never used; the log says why it is made anew. Of several
+        processes that ask at once, one builds and the others wait for it. An old cache stays in place until
+        the new one is complete.
+
+        Args:
+            dataset: an `ImageDataset` with centre crops; its plain view is encoded, with and without
+                mirroring.
+            moments_fn: float32 images (B, C, H, W) in [-1, 1] on the CPU -> (mean, std) of their latents; std
+                may be None. Moving to a device, autocast and no_grad are its own affair.
+            directory: becomes the cache; a lock file `.<name>.lock` stays beside it.
+            first_stage: fingerprint of the encoder, its weights and precision.
+            flips: hold both orientations; None asks `dataset.flip`.
+            dtype: "auto", "float32" or "float16".
+            batch_size: images a call of moments_fn.
+            shard_bytes: largest size of a file.
+            num_workers: as for `make_loader`.
+            progress: called with (images done, images in all) after every batch.
+            reuse: false builds even if the cache at `directory` is good.
+
+        Raises:
+            ValueError: random crops, an empty dataset, no space on the disk, latents that are not finite, or
+                a `directory` that holds something else.
+        """
+        directory = Path(directory)
+        flips = getattr(dataset, "flip", False) if flips is None else flips
+        _check_request(dataset, first_stage, dtype, shard_bytes)
+        made_from = {
+            "version": VERSION,
+            "images": dataset.fingerprint(),
+            "first_stage": first_stage,
+            "flips": flips,
+            "dtype": dtype,
+        }
+        with locked(directory.with_name(f".{directory.name}.lock"), wait=True) as alone:
+            if alone:
+                remove_leftovers(directory)
+            _refuse_foreign(directory)
+            if reuse:
+                manifest, problem = _read_manifest(directory)
+                problem = problem or _differences(manifest["made_from"], made_from)
+                if not problem:
+                    return cls(directory, manifest)
+                count = counted(len(dataset), "image")
+                logger.info("encoding %s into %s: %s", count, directory, problem)
+                tell_other_caches(directory, made_from["images"])
+            batches = SequentialBatches(len(dataset), batch_size)
+            loader = make_loader(dataset, batches, num_workers, pin_memory=False)
+            with whole_folder(directory) as folder:
+                encode_into(folder, dataset, loader, moments_fn, made_from, shard_bytes, progress)
+            return cls.open(directory)
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "LatentCache":
+        """Open a cache, whatever it was made from.
+
+        Raises:
+            ValueError: there is none, or a file of it is missing or has the wrong size.
+        """
+        directory = Path(directory)
+        manifest, problem = _read_manifest(directory)
+        if problem:
+            raise ValueError(f"no usable latent cache at {directory}: {problem}")
+        return cls(directory, manifest)
+
+    def read(
+        self, indices: np.ndarray, mirrored: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and std, float32 (B, c, h, w) each.
+
+        Args:
+            indices: int (B,) in [0, len).
+            mirrored: bool (B,), which are wanted mirrored; only a cache with `flips` has them.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        mirrored = np.zeros(len(indices), dtype=bool) if mirrored is None else mirrored
+        if mirrored.any() and not self.flips:
+            raise ValueError(f"the cache at {self.directory} holds no mirrored latents")
+        shards, rows = np.divmod(indices, self.manifest["rows_per_shard"])
+        moments = np.empty((self.manifest["moments"], len(indices), *self.shape), dtype=np.float32)
+        for shard in np.unique(shards):
+            here = shards == shard
+            found = self._map(int(shard))[rows[here], mirrored[here].astype(np.int64)]  # (B, M, c, h, w)
+            moments[:, here] = found.swapaxes(0, 1)
+        mean = torch.from_numpy(moments[0])
+        std = torch.from_numpy(moments[1]) if len(moments) == 2 else torch.zeros_like(mean)
+        return mean, std
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            path = self.directory / self.manifest["shards"][shard]
+            self._maps[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}  # a pickled map would carry the whole file
+
+    def dataset(self) -> "LatentDataset":
+        return LatentDataset(self)
+
+
+class LatentDataset(Dataset):
+    """Samples of a cache: dict(mean, std, label, index, position) and "caption" where the images have one.
+
+    Asked like an `ImageDataset`: by (index, position), where the flip is the pure function of (seed,
+    position) that the images use, or by index for the plain view. mean and std are float32 (c, h, w). Batches
+    are read at once.
+    """
+
+    in_memory = True  # as good as: the system keeps the mapped files in memory
+
+    def __init__(self, cache: LatentCache):
+        self.cache = cache
+        self.seed = 0
+        self.classes = cache.classes
+        self.labels = cache.labels
+        self.flip = cache.flips
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    @property
+    def sample_bytes(self) -> int:
+        """What a sample takes on its way out of a worker process: mean and std."""
+        return 2 * math.prod(self.cache.shape) * torch.float32.itemsize
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes) if self.classes else 0
+
+    def set_seed(self, seed: int) -> None:
+        """Choose the flips of a run."""
+        self.seed = check_seed(seed)
+
+    def fingerprint(self) -> str:
+        return self.cache.fingerprint
+
+    def __getitem__(self, entry: Entry) -> dict:
+        return {key: value[0] for key, value in self.__getitems__([entry]).items()}
+
+    def __getitems__(self, entries: list[Entry]) -> dict:
+        indices, positions = parse_entries(entries, len(self))
+        mirrored = flip_mask(self.seed, positions) if self.flip else None
+        mean, std = self.cache.read(indices, mirrored)
+        batch = {"mean": mean, "std": std}
+        batch |= {"index": torch.from_numpy(indices), "position": torch.from_numpy(positions)}
+        if self.labels is not None:
+            batch["label"] = torch.from_numpy(self.labels[indices])
+        if self.cache.captions is not None:
+            batch["caption"] = [self.cache.captions[int(index)] for index in indices]
+        return batch
+
+
+def _check_request(dataset: Dataset, first_stage: str, dtype: str, shard_bytes: int) -> None:
+    if getattr(dataset, "crop", "center") == "random":
+        raise ValueError(
+            'random crops cannot be cached, each is seen once: set crop="center", '
+            "or cache=false to encode on the fly"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype of a latent cache must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not isinstance(first_stage, str) or not first_stage:
+        raise ValueError(
+            f"first_stage must be the encoder's fingerprint, a non-empty string, got {first_stage!r}"
+        )
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
+    if len(dataset) == 0:
+        raise ValueError("a latent cache needs at least one image, the dataset is empty")
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: a latent cache is a folder")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        raise ValueError(
+            f"{directory} holds files but is no latent cache; it will not be replaced. Name another folder."
+        )
+
+
+def _read_manifest(directory: Path) -> tuple[dict, str]:
+    """The manifest and what is wrong with the cache ("" if nothing)."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        return {}, "there is none yet"
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["made_from"]["version"] != VERSION:
+            return {}, "it was made by another version"
+        for name, size in manifest["files"].items():
+            file = directory / name
+            actual = file.stat().st_size if file.is_file() else None
+            if actual != size:
+                return (
+                    {},
+                    f"{name} is damaged ({'missing' if actual is None else actual} instead of {size} bytes)",
+                )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
+    return manifest, ""
+
+
+def _differences(old: dict, new: dict) -> str:
+    words = {"images": "the images or how they are cropped", "first_stage": "the first stage"}
+    changed = [
+        words.get(key, f"{key} ({old.get(key)} -> {new[key]})") for key in new if old.get(key) != new[key]
+    ]
+    return f"changed since the last time: {', '.join(changed)}" if changed else ""

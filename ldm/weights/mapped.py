@@ -1,0 +1,53 @@
+"""A file's bytes as memory that the operating system pages in on demand."""
+
+import mmap
+import sys
+from pathlib import Path
+
+import torch
+
+from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
+
+_ALIGNMENT = 8
+
+
+class MappedFile:
+    """A file mapped privately: tensors made from it cost no memory until written to, and never change it.
+
+    The mapping lives as long as any tensor made from it. Replacing the file by renaming another over it (as
+    `ldm.files.whole_file` does) leaves such tensors as they are; truncating it in place does not.
+
+    Attributes:
+        where: the path, for messages.
+        size: bytes.
+        view: the bytes, as a memoryview.
+    """
+
+    def __init__(self, path: str | Path):
+        self.where = str(path)
+        if sys.byteorder != "little":
+            raise UnsupportedCheckpoint(self.where, "weights are read on little-endian machines only")
+        with open(path, "rb") as file:
+            self.size = file.seek(0, 2)
+            if self.size == 0:
+                raise CorruptCheckpoint(
+                    self.where, "the file is empty (0 bytes); was a download or a save cut off?"
+                )
+            # A private copy-on-write map, so that torch may hold it as writable memory.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.view = memoryview(self._map)
+
+    def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
+        """The bytes [offset, offset + nbytes) as a storage: a view of the mapping if they are aligned."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise CorruptCheckpoint(
+                self.where,
+                f"a tensor's data should be at bytes {offset} to {offset + nbytes}, but the file has "
+                f"{self.size}: it is truncated or damaged",
+            )
+        if nbytes == 0:
+            return torch.UntypedStorage(0)
+        piece = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+        if offset % _ALIGNMENT:
+            piece = piece.clone()  # misaligned elements are slow at best
+        return piece.untyped_storage()

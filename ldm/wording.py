@@ -1,0 +1,30 @@
+"""Counts, lists and nearest names in messages."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    """`1 image`, `1,234 images`; `things` is the plural where an "s" does not make it."""
+    return f"{count:,} {thing if count == 1 else things or thing + 's'}"
+
+
+def some(names: list[str], count: int = 5) -> str:
+    """The first names of a list, those that hold a comma in quotes, and how many more there are."""
+    shown = [f'"{name}"' if "," in name else name for name in names[:count]]
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(shown) + more
+
+
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option that `name` was most likely meant to be, or None."""
+    options = [str(option) for option in options]
+    lowered = {option.lower(): option for option in reversed(options)}
+    found = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.6)
+    return lowered[found[0]] if found else None
+
+
+def did_you_mean(name: str, options: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?`, or nothing where no option is near."""
+    found = nearest(name, options)
+    return f"; did you mean {prefix}{found}?" if found else ""
