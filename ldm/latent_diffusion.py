@@ -123,7 +123,7 @@ class LatentDiffusion(nn.Module):
             )
         self.latent_shape = (channels, height // factor, width // factor)
         for name, value in (("latent_shift", latent_shift), ("latent_scale", latent_scale)):
-            tensor = torch.as_tensor(value, dtype=torch.float32)
+            tensor = torch.as_tensor(value, dtype=torch.float32, device="cpu")
             if tensor.ndim and tensor.numel() not in (1, channels):
                 raise ValueError(f"{name} has {tensor.numel()} values, the latents have {channels} channels")
             if not tensor.isfinite().all() or (name == "latent_scale" and not tensor.all()):

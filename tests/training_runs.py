@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ import yaml
 from PIL import Image
 
 from ldm.checkpoints import native
+from ldm.training.method import Method
+from ldm.training.methods import find_method
+from ldm.training.run import begin
+from ldm.training.run_config import load_run
 
 ROOT = Path(__file__).parent.parent
 SIZE = 16
@@ -352,3 +357,23 @@ def finish(*arguments, log: Path, code: int = 0, timeout: float = 90, **options)
     ended = command.wait(timeout)
     assert ended == code, f"exit code {ended}, not {code}:\n{command.output}"
     return command.output
+
+
+# Methods taken through steps by hand
+
+
+def build_method(path: Path, overrides=(), **changes) -> Method:
+    """The method of a config, on the CPU."""
+    cfg, keys = load_run(path, overrides)
+    return find_method(keys.task).build(begin(cfg, keys, torch.device("cpu"), **changes))
+
+
+def attach(method: Method) -> SimpleNamespace:
+    """Just enough of a trainer to step by hand; the caller keeps it."""
+    strategy = SimpleNamespace(backward=lambda loss, optimizer, *args, **kw: loss.backward(*args, **kw))
+    trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0, loggers=[])
+    method.trainer = trainer
+    method.keys.logging.every = 1
+    method.log_dict = lambda figures: None
+    strategy._lightning_optimizers = method.configure_optimizers()
+    return trainer

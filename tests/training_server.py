@@ -68,7 +68,7 @@ def _wait(lock: threading.Lock, pid: int) -> None:
 
 def serve() -> None:
     import ldm.cli.train
-    import ldm.training.fit
+    import ldm.training.loop.fit
     import ldm.training.trial  # noqa: F401
 
     lock = threading.Lock()

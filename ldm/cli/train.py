@@ -54,11 +54,11 @@ def command(
         typer.echo(complete_yaml(*load_run(config, overrides or [])).rstrip())
         return
     if dry_run:
-        from ldm.training.dry_run import dry_run as try_one_batch
+        from ldm.training import dry_run as try_one_batch
 
         typer.echo(try_one_batch(config, overrides or []))
         return
-    from ldm.training.run import train
+    from ldm.training import train
 
     folder = train(config, overrides or [])
     if folder is not None:  # one of several processes speaks

@@ -17,7 +17,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.encoder_unet import EncoderUNetModel
 from ldm.models.vit import VisionTransformer
 from ldm.planning.meter import Meter
-from ldm.planning.works import Conditions, PlanRequest, Work
+from ldm.planning.work import PlanRequest, Work
 
 _IMAGES = 1_000_000  # for the time, where nobody says how long
 
@@ -140,3 +140,48 @@ def _shape(channels: int, request: PlanRequest, known: Any) -> tuple[int, int, i
         raise ValueError("the YAML does not say how large the network's input is; give its side as --size")
     height, width = (sides, sides) if isinstance(sides, int) else sides
     return channels, height, width
+
+
+class Conditions:
+    """What the conditioner gives where nothing is asked for, or else what the network's widths need."""
+
+    TOKENS = 77
+
+    def __init__(self, network: nn.Module, conditioner: nn.Module | None, notes: list[str]):
+        self.network, self.conditioner = network, conditioner
+        if conditioner is not None:
+            try:
+                self(1)
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                notes.append(
+                    f"the conditioner cannot run without data and is left out ({_first_line(error)})"
+                )
+                self.conditioner = None
+        if self.conditioner is None and getattr(network, "context_dim", None) is not None:
+            notes.append(f"{self.TOKENS} context tokens are assumed")
+
+    def __call__(self, batch: int) -> dict[str, Tensor]:
+        if self.conditioner is None:
+            return self._of_the_network(batch)
+        found = self.conditioner.unconditional(batch, "meta")
+        return {
+            name: found[kind] for name, kind in (("context", "crossattn"), ("y", "vector")) if kind in found
+        }
+
+    def _of_the_network(self, batch: int) -> dict[str, Tensor]:
+        context_dim = getattr(self.network, "context_dim", None)
+        num_classes = getattr(self.network, "num_classes", None)
+        conditions = {}
+        if context_dim is not None:
+            width = context_dim if isinstance(context_dim, int) else list(context_dim)[0]
+            conditions["context"] = torch.empty(batch, self.TOKENS, width, device="meta")
+        if num_classes == "sequential":
+            conditions["y"] = torch.empty(batch, self.network.adm_in_channels, device="meta")
+        elif num_classes is not None:
+            kind = torch.long if isinstance(num_classes, int) else torch.float32
+            conditions["y"] = torch.empty(batch, dtype=kind, device="meta")
+        return conditions
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from ldm.planning.estimate import GIB, Plan
 from ldm.planning.meter import Layer
+from ldm.planning.planned import GIB, Plan
 
 MIB = 2**20
 

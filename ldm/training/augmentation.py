@@ -1,13 +1,30 @@
 """Random movements of training images, each a function of (seed, position of the sample in the run)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ldm.diffusion.random import uniform
-from ldm.training.settings import AugmentSettings
+from ldm.training.settings import not_negative
+
+
+@dataclass
+class AugmentSettings:
+    """How far training images of a classifier are moved at random; all 0 for not at all.
+
+    rotate: most degrees to either side. scale: most growth or shrinkage, 0.1 for a tenth. shift: most of a
+    side, along each axis. What comes in from outside the image is its border.
+    """
+
+    rotate: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+
+    def __post_init__(self):
+        not_negative(rotate=self.rotate, scale=self.scale, shift=self.shift)
 
 
 def moved(images: Tensor, positions: Tensor, settings: AugmentSettings, seed: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Optimizer, learning rate and clipping: each a pure function of the settings and the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> T
     return norm
 
 
-def guarded_step(optimizer: AdamW, norm: Tensor) -> None:
+def guarded_step(optimizer: AdamW, norm: Tensor, step: Callable[[], object] | None = None) -> None:
     """Step, unless the gradient's norm is not finite: then nothing changes, decided on the device.
+
+    `step` is what to call in the place of `optimizer.step`, for a wrapper of it.
 
     The fused kernel leaves parameters and moments alone where `found_inf` is 1, which is how gradient scalers
     skip a step without asking the CPU.
@@ -58,6 +60,6 @@ def guarded_step(optimizer: AdamW, norm: Tensor) -> None:
     optimizer.found_inf = (~torch.isfinite(norm)).float()
     optimizer.grad_scale = None
     try:
-        optimizer.step()
+        (step or optimizer.step)()
     finally:
         del optimizer.found_inf, optimizer.grad_scale

@@ -1,47 +1,138 @@
-"""`train`: one command from a YAML to a run folder; the same command again continues it."""
+"""What a training method is built from: its config, its data, and where weights may come from."""
 
-import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, ListConfig
+from torch import nn
+from torch.utils.data import Dataset
 
 from ldm import config as configuration
-from ldm.training.run_config import RunConfig, load_run
+from ldm.checkpoints import load
+from ldm.checkpoints.strict import load_strict
+from ldm.config.signatures import resolve_target
+from ldm.data import SequentialBatches, make_loader
+from ldm.training.run_config import RunConfig
+
+#: What a data set must have besides items, to be trained on.
+DATA_SET = ("split", "set_seed", "fingerprint", "classes", "size", "channels")
 
 
-def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
-    """Train what the config says, from the start or from where the run folder's newest checkpoint stands.
+@dataclass
+class Run:
+    """One run, before its steps.
 
-    Returns:
-        The run folder; None in the processes that only help the first.
+    Attributes:
+        cfg: the whole config, in which `provide` replaces what the YAML leaves to the program.
+        keys: its plain keys, an instance of the method's `Keys`.
+        train, validation: data sets; the samples of `train` are asked for by (index, position).
+        device: on which something may be computed before the first step.
+        resuming: a checkpoint's weights are loaded next, so none are looked for elsewhere.
+        rehearsal: for a trial or a plan of one step: nothing is cached, measured, or fetched.
+        built: networks that are there already, by their key in the config.
+    """
+
+    cfg: DictConfig
+    keys: RunConfig
+    train: Dataset
+    validation: Dataset | None
+    device: torch.device
+    resuming: bool = False
+    rehearsal: bool = False
+    built: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> Dataset:
+        """Images to draw pictures of: held-out ones where there are any."""
+        return self.validation or self.train
+
+    def provide(self, part: str, name: str, value: Callable[[], Any]) -> None:
+        """Put `value()` where the YAML says `auto` for the parameter `name` of a part.
+
+        part: dotted path; `*` stands for every item of a list.
+        """
+        for node in _at(self.cfg, part.split(".")):
+            params = node.get("params") if isinstance(node, DictConfig) else None
+            if params is not None and params.get(name) == "auto":
+                try:
+                    params[name] = value()
+                except ValueError as error:
+                    raise ValueError(f"{part}.params.{name}: auto: {error}") from error
+
+    @property
+    def holds_values(self) -> bool:
+        """False for a plan, on the meta device."""
+        return self.device.type != "meta"
+
+    def target(self, part: str) -> Any:
+        """The class that a part of the config names."""
+        return resolve_target(self.cfg[part]["target"], allow_foreign=True)
+
+    def count_classes(self) -> int:
+        """Number of classes of the data.
+
+        Raises:
+            ValueError: the data has none.
+        """
+        if self.train.classes:
+            return len(self.train.classes)
+        raise ValueError("the data has no classes (an image folder has one a subfolder)")
+
+    def instantiate(self, part: str, **given: Any) -> Any:
+        """The object of a part of the config, None where the config has none."""
+        node = self.cfg.get(part)
+        return configuration.instantiate(node, allow_foreign=True, **given) if node else None
+
+    def build(self, *parts: str) -> list[Any]:
+        """The objects of parts of the config, in this order, their weights drawn by the run's seed."""
+        torch.manual_seed(self.keys.seed)
+        return [self.instantiate(part) for part in parts]
+
+    def start(self, model: nn.Module) -> None:
+        """Give a model the weights that `init_from` names, unless the run goes on with its own."""
+        path = self.keys.init_from
+        if path is not None and self.holds_values and not self.resuming:
+            # What this run's config names may be in the other file too.
+            load_strict(model, load(path, configuration.to_plain(self.cfg)).state_dict(), where=path)
+
+
+def _at(node: Any, parts: list[str]) -> Iterator[Any]:
+    if not parts:
+        yield node
+    elif isinstance(node, ListConfig) and parts[0] == "*":
+        for item in node:
+            yield from _at(item, parts[1:])
+    elif isinstance(node, DictConfig) and node.get(parts[0]) is not None:
+        yield from _at(node[parts[0]], parts[1:])
+
+
+def begin(
+    cfg: DictConfig,
+    keys: RunConfig,
+    device: torch.device,
+    resuming: bool = False,
+    rehearsal: bool = False,
+) -> Run:
+    """The run of a checked config, with its data.
 
     Raises:
-        ValueError: mistakes in the config, data that does not fit, a folder that holds another run, a
-            gradient that stays infinite or not a number.
-        OSError: a checkpoint cannot be written, or a process that reads images has died.
-        KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM); its checkpoint is written.
+        ValueError: a data set that cannot be trained on.
     """
-    cfg, run = load_run(path, overrides)
-    check_images(cfg, run)
-    # Only now: a mistake in the config should not wait for torch and Lightning to be imported.
-    from ldm.data.loading.waiting import clear_worker_errors
-    from ldm.training.fit import fit
+    whole = configuration.instantiate(cfg.data, allow_foreign=True)
+    lacks = [name for name in DATA_SET if not hasattr(whole, name)]
+    if lacks:
+        raise ValueError(f"data.target {cfg.data.target} lacks {', '.join(lacks)}: see ldm.data.ImageFolder")
+    whole.set_seed(keys.seed)
+    train, validation = whole.split("train"), whole.split("validation")
+    if len(train) == 0:
+        raise ValueError("data: no image is left to train on")
+    return Run(cfg, keys, train, validation if len(validation) else None, device, resuming, rehearsal)
 
-    with clear_worker_errors():
-        return fit(cfg, run)
 
-
-def check_images(cfg, run: RunConfig) -> None:
-    """ValueError where a run that is to begin names a folder of images that is not there.
-
-    The data set says the same, many seconds of importing later. A run with checkpoints may be complete and
-    need no images any more.
-    """
-    if cfg.data.get("target") not in ("ldm.data.ImageFolder", "ldm.data.images.folder.ImageFolder"):
-        return
-    root = (configuration.to_plain(cfg.data).get("params") or {}).get("root")
-    if not isinstance(root, str) or (run.folder / "checkpoints").exists():
-        return
-    root = os.path.abspath(os.path.expanduser(root))
-    if not os.path.isdir(root):
-        what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
-        raise ValueError(f"image folder {root} {what}")
+def spread(dataset: Dataset, count: int) -> dict:
+    """A batch of the plain view of `count` images, spread over the set."""
+    indices = np.linspace(0, len(dataset) - 1, count).astype(int)
+    return next(iter(make_loader(dataset, SequentialBatches(indices, count), 0)))

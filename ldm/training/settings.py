@@ -5,25 +5,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-def _positive(**values) -> None:
+def positive(**values) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number above 0, got {value}")
 
 
-def _not_negative(**values) -> None:
+def not_negative(**values) -> None:
     for name, value in values.items():
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number, not negative, got {value}")
 
 
-def _interval(**values) -> None:
+def interval(**values) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be a number of steps from 1 on, or null for none, got {value}")
 
 
-def _one_of(name: str, value, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -52,11 +52,11 @@ class OptimizerSettings:
     clip: float | None = 1.0
 
     def __post_init__(self):
-        _positive(lr=self.lr, eps=self.eps, clip=self.clip)
+        positive(lr=self.lr, eps=self.eps, clip=self.clip)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        _not_negative(warmup=self.warmup, weight_decay=self.weight_decay)
-        _one_of("decay", self.decay, ("constant", "cosine", "linear"))
+        not_negative(warmup=self.warmup, weight_decay=self.weight_decay)
+        one_of("decay", self.decay, ("constant", "cosine", "linear"))
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr is a share of lr in [0, 1], got {self.final_lr}")
 
@@ -97,39 +97,23 @@ class TrainingSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     def __post_init__(self):
-        _positive(
+        positive(
             steps=self.steps,
             batch_size=self.batch_size,
             accumulate=self.accumulate,
             keep=self.keep,
             max_bad_steps=self.max_bad_steps,
         )
-        _interval(checkpoint_every=self.checkpoint_every)
+        interval(checkpoint_every=self.checkpoint_every)
         self.precision = str(self.precision)
-        _one_of("precision", self.precision, ("auto", "32", "bf16"))
-        _one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
+        one_of("precision", self.precision, ("auto", "32", "bf16"))
+        one_of("accelerator", self.accelerator, ("auto", "gpu", "cpu"))
         if self.devices != "auto":
-            _positive(devices=self.devices)
+            positive(devices=self.devices)
         if self.workers != "auto":
-            _not_negative(workers=self.workers)
+            not_negative(workers=self.workers)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is a decay in [0, 1), got {self.ema}")
-
-
-@dataclass
-class AugmentSettings:
-    """How far training images of a classifier are moved at random; all 0 for not at all.
-
-    rotate: most degrees to either side. scale: most growth or shrinkage, 0.1 for a tenth. shift: most of a
-    side, along each axis. What comes in from outside the image is its border.
-    """
-
-    rotate: float = 0.0
-    scale: float = 0.0
-    shift: float = 0.0
-
-    def __post_init__(self):
-        _not_negative(rotate=self.rotate, scale=self.scale, shift=self.shift)
 
 
 @dataclass
@@ -154,8 +138,8 @@ class LoggingSettings:
     progress: bool = True
 
     def __post_init__(self):
-        _positive(every=self.every, images=self.images, validation_batches=self.validation_batches)
-        _interval(images_every=self.images_every, validate_every=self.validate_every)
+        positive(every=self.every, images=self.images, validation_batches=self.validation_batches)
+        interval(images_every=self.images_every, validate_every=self.validate_every)
 
 
 @dataclass
@@ -180,10 +164,10 @@ class SamplingSettings:
     def __post_init__(self):
         from ldm.diffusion.samplers import SAMPLERS
 
-        _positive(steps=self.steps)
+        positive(steps=self.steps)
         if self.shift != "auto":
-            _positive(shift=self.shift)
-        _not_negative(eta=self.eta)
+            positive(shift=self.shift)
+        not_negative(eta=self.eta)
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is unknown; there are {', '.join(sorted(SAMPLERS))}")
         if self.eta is not None and self.sampler != "ddim":

@@ -1,4 +1,4 @@
-"""One step of a run, for `--dry-run`."""
+"""`--dry-run`: everything built, one batch forward and backward on one device, nothing kept."""
 
 import sys
 from dataclasses import replace
@@ -7,59 +7,52 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ldm.training.autoencoder import AutoencoderTask
+from ldm.training.loop.data_module import RunData
+from ldm.training.loop.trainer import check_batch, device_count, make_trainer
+from ldm.training.method import Method
+from ldm.training.methods import find_method
 from ldm.training.networks import compile_blocks
+from ldm.training.run import begin
 from ldm.training.run_config import RunConfig
-from ldm.training.stage import Stage
-from ldm.training.stages import build_stage
-from ldm.training.task import Task
-from ldm.training.trainer import TrainingData, check_batch, device_count, make_trainer
 
 
-def one_step(cfg, run: RunConfig) -> str:
+def one_step(cfg, keys: RunConfig) -> str:
     """Build a checked config, take one step on one device, and report."""
-    devices = device_count(run.training)
-    check_batch(run.training, devices)
-    run.training = replace(
-        run.training, steps=1, devices=1, batch_size=run.training.batch_size // devices, workers=0
+    devices = device_count(keys.training)
+    check_batch(keys.training, devices)
+    keys.training = replace(
+        keys.training, steps=1, devices=1, batch_size=keys.training.batch_size // devices, workers=0
     )
-    trainer = make_trainer(run, [_OneStep()])
-    stage = build_stage(run, cfg, trainer.strategy.root_device, rehearsal=True)
-    task = stage.task
-    if isinstance(task, AutoencoderTask):
-        task.loss.disc_start = 0  # the memory is that of the whole run, not of its beginning
-    if run.training.compile:
-        compile_blocks(task)
-    trainer.fit(task, datamodule=TrainingData(stage, run.training, run.seed, 0))
-    return "\n".join(_report(run, stage, task))
+    trainer = make_trainer(keys, find_method(keys.task), [_OneStep()])
+    run = begin(cfg, keys, trainer.strategy.root_device, rehearsal=True)
+    method = find_method(keys.task).build(run)
+    if keys.training.compile:
+        compile_blocks(method)
+    trainer.fit(method, datamodule=RunData(method))
+    return "\n".join(_report(method))
 
 
 class _OneStep(pl.Callback):
-    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer, method, outputs, batch, batch_idx) -> None:
         trainer.should_stop = True
 
 
-def _report(run: RunConfig, stage: Stage, task: Task) -> list[str]:
-    trained = {id(p) for group in task.optimized() for p in group}
-    networks = dict(task.averaged.named_children())
-    if isinstance(task, AutoencoderTask):
-        networks |= {f"loss.{name}": child for name, child in task.loss.named_children()}
-    held_out = len(stage.validation) if stage.validation is not None else 0
+def _report(method: Method) -> list[str]:
+    keys, training = method.keys, method.settings
+    trained = {id(p) for group in method.trained() for p in group}
+    networks = dict(method.model.named_children())
+    for name, child in method.named_children():
+        if child is not method.model:
+            networks |= {f"{name}.{inner}": network for inner, network in child.named_children()}
+    held_out = len(method.validation_set) if method.validation_set is not None else 0
     return [
-        f"{run.task} {run.name!r}: one step of {run.training.batch_size} images on {task.device}",
-        f"data       {len(stage.train)} images to train on, {held_out} held out",
+        f"{keys.task} {keys.name!r}: one step of {training.batch_size} images on {method.device}",
+        f"data       {len(method.train_set)} images to train on, {held_out} held out",
         *(_parameters(name, network, trained) for name, network in networks.items()),
-        *(f"sample     {name:10s} {_shape(value)}" for name, value in stage.train[(0, 0)].items()),
-        *_latents(task, stage),
-        *(f"figure     {name:10s} {float(value):.5g}" for name, value in task.logs.items()),
-        _memory(task.device),
+        *(f"sample     {name:10s} {_shape(value)}" for name, value in method.train_set[(0, 0)].items()),
+        *(f"figure     {name:10s} {value:.5g}" for name, value in method.figures.items()),
+        _memory(method.device),
     ]
-
-
-def _latents(task: Task, stage: Stage) -> list[str]:
-    if not hasattr(task, "latent_shape"):
-        return []
-    return [f"latents    {task.latent_shape({'image': stage.train[(0, 0)]['image'][None]})}"]
 
 
 def _parameters(name: str, network: nn.Module, trained: set[int]) -> str:

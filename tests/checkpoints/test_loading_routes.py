@@ -124,7 +124,7 @@ def test_absurd_sizes_stop_before_memory_does(place, key, value, message, tmp_pa
     assert str(tmp_path / "model.safetensors") in str(caught.value)
 
 
-@pytest.mark.parametrize("target", ["ldm.losses.LPIPS", "ldm.data.ImageFolder", "ldm.training.task.Task"])
+@pytest.mark.parametrize("target", ["ldm.losses.LPIPS", "ldm.data.ImageFolder", "ldm.training.method.Method"])
 def test_notes_and_records_name_parts_of_models_only(target, tmp_path):
     model = build("vq-unconditional")
     save_diffusers(model, tmp_path / "folder")

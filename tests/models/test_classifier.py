@@ -3,7 +3,6 @@
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,13 +23,9 @@ from ldm.models import vit
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.dit import DiT, DiTBlock
 from ldm.models.unet import UNetModel
-from ldm.training import task as task_module
-from ldm.training.augmentation import moved
-from ldm.training.classifier_stage import Mistakes
+from ldm.training import method as method_module
+from ldm.training.augmentation import AugmentSettings, moved
 from ldm.training.networks import BLOCKS, compile_blocks
-from ldm.training.run_config import load_run
-from ldm.training.settings import AugmentSettings
-from ldm.training.stages import build_stage
 
 VIT = {
     "target": "ldm.models.vit.VisionTransformer",
@@ -76,7 +71,7 @@ def place(tmp_path_factory) -> Path:
 
 def stage_of(place: Path, **changes):
     path = T.write_config(place / "config.yaml", classifier_config(place, **changes))
-    return build_stage(*reversed(load_run(path)), torch.device("cpu"))
+    return T.build_method(path)
 
 
 def with_model(**params) -> dict:
@@ -85,15 +80,13 @@ def with_model(**params) -> dict:
 
 def stepping(stage):
     """The stage's task in training mode, with just enough of a trainer to step."""
-    task = stage.task.train()
-    strategy = SimpleNamespace(backward=lambda loss, optimizer, *args, **kw: loss.backward(*args, **kw))
-    task._trainer = task.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
-    task.configure_optimizers()
+    task = stage.train()
+    task.kept = T.attach(task)  # the module holds its trainer by a weak reference alone
     return task
 
 
 def batch_of(stage, size: int = 8) -> dict:
-    return default_collate([stage.train[(i % len(stage.train), i)] for i in range(size)])
+    return default_collate([stage.train_set[(i % len(stage.train_set), i)] for i in range(size)])
 
 
 # A run
@@ -130,7 +123,7 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(place):
 
 def test_it_starts_from_the_weights_of_a_run(place):
     run = place / "runs" / "cls"
-    model = stage_of(place, init_from=str(run)).task.model
+    model = stage_of(place, init_from=str(run)).model
     assert T.differences(dict(model.state_dict()), dict(ldm.load(run).state_dict())) == []
 
 
@@ -147,8 +140,8 @@ def test_it_learns_to_tell_two_classes(place, tmp_path):
     for _ in range(60):
         task.training_step(batch, 0)
     task.eval()
-    held_out = default_collate([stage.validation[i] for i in range(len(stage.validation))])
-    assert task.measure(held_out)["accuracy"].mean() == 1
+    held_out = default_collate([stage.validation_set[i] for i in range(len(stage.validation_set))])
+    assert task.validate(held_out)["accuracy"].mean() == 1
 
 
 # A step
@@ -160,10 +153,10 @@ def test_every_parameter_receives_a_gradient(place, params, monkeypatch):
     task = stepping(stage)
     gradients = {}
 
-    def spy(optimizer, norm):
+    def spy(optimizer, norm, step):
         gradients.update({name: p.grad.abs().max() for name, p in task.model.named_parameters()})
 
-    monkeypatch.setattr(task_module, "guarded_step", spy)
+    monkeypatch.setattr(method_module, "guarded_step", spy)
     task.training_step(batch_of(stage), 0)
     assert set(gradients) == {name for name, _ in task.model.named_parameters()}
     assert all(size > 0 for size in gradients.values())
@@ -176,21 +169,21 @@ def test_accumulation_is_the_mean_of_the_parts(place, monkeypatch):
         task = stepping(stage_of(place, training={**T.TRAINING, "accumulate": accumulate}, **quiet))
         gradients = []
         monkeypatch.setattr(
-            task_module,
+            method_module,
             "guarded_step",
-            lambda optimizer, norm, task=task, into=gradients: into.extend(
+            lambda optimizer, norm, step, task=task, into=gradients: into.extend(
                 p.grad.clone() for p in task.model.parameters()
             ),
         )
         task.training_step(batch_of(stage_of(place)), 0)
-        found.append((gradients, task.logs["loss"]))
+        found.append((gradients, task.figures["loss"]))
     for one, four in zip(found[0][0], found[1][0], strict=True):
         torch.testing.assert_close(one, four, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_figures_in_closed_form(place):
-    task = stage_of(place).task
+    task = stage_of(place)
     labels = torch.tensor([0, 11, 2, 3])
     logits = torch.zeros(4, 12)
     logits[0, 0] = 3.0  # right
@@ -198,22 +191,21 @@ def test_figures_in_closed_form(place):
     logits[2, 0], logits[2, 2] = 2.0, 1.0  # second best
     logits[3, 3] = 1.0  # right
     task.model = torch.nn.Identity()
-    measures = task.measure({"image": logits, "label": labels})
+    measures = task.validate({"image": logits, "label": labels})
     torch.testing.assert_close(measures["loss"], -logits.log_softmax(1)[torch.arange(4), labels])
     assert measures["accuracy"].tolist() == [1, 0, 0, 1] and measures["top5"].tolist() == [1, 0, 1, 1]
-    assert "top5" not in task.measure({"image": logits[:, :10], "label": labels.clamp(max=9)})
+    assert "top5" not in task.validate({"image": logits[:, :10], "label": labels.clamp(max=9)})
 
 
 def test_label_smoothing_is_its_formula(place, monkeypatch):
     task = stepping(stage_of(place, augment={}))
-    monkeypatch.setattr(task, "optimizer_step", lambda index: torch.zeros(()))
     batch = batch_of(stage_of(place))
     torch.manual_seed(subseed(0, "step", 0))
     log_p = task.model(batch["image"]).log_softmax(1)
     right = log_p[torch.arange(8), batch["label"]]
     expected = -(0.9 * right + 0.1 * log_p.mean(1)).mean()
     torch.manual_seed(subseed(0, "step", 0))
-    torch.testing.assert_close(task.update(batch)["loss"], expected)
+    torch.testing.assert_close(task.loss(batch)[0], expected)
 
 
 # Movements of the images
@@ -258,11 +250,12 @@ def test_each_movement_stays_within_its_bound(settings):
 def test_the_worst_mistakes_come_first(place):
     stage = stage_of(place)
     model = ldm.load(place / "runs" / "cls")
-    stage.task.model.load_state_dict(model.state_dict())
-    stage.task.eval()
+    stage.model.load_state_dict(model.state_dict())
+    stage.eval()
+    stage.keys.logging.images, stage._shown_set = 3, stage.train_set
     with torch.no_grad():
-        grid = Mistakes(stage.train, 3)(stage.task)
-    every = default_collate([stage.train[i] for i in range(len(stage.train))])
+        grid = stage.draw()
+    every = default_collate([stage.train_set[i] for i in range(len(stage.train_set))])
     with torch.no_grad():
         losses = F.cross_entropy(model(every["image"]), every["label"], reduction="none")
     worst = every["image"][losses.argsort(descending=True)[:3]]

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import instantiate
-from ldm.planning.estimate import GIB, make_plan
+from ldm.planning.planned import GIB, make_plan
 from ldm.planning.report import report
-from ldm.planning.works import PlanRequest
+from ldm.planning.work import PlanRequest
 from ldm.training.run_config import load_run
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.checkpoints.originals.original_yaml import read_original
 from ldm.checkpoints.originals.published import translate
 from ldm.config import ConfigError, instantiate
-from ldm.planning.estimate import GIB, make_plan
+from ldm.planning.planned import GIB, make_plan
 from ldm.planning.report import report
-from ldm.planning.works import PlanRequest
+from ldm.planning.work import PlanRequest
 
 ROOT = Path(__file__).parents[2]
 TIMES = torch.tensor([3.0])

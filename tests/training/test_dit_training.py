@@ -1,7 +1,6 @@
 """The DiT in the UNet's place in a training run: each way in which a condition enters it."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from tiny_runs import randomized
 from torch.utils.data import default_collate
 
 import ldm
-from ldm.training import task as task_module
-from ldm.training.run import train
-from ldm.training.run_config import load_run
-from ldm.training.stages import build_stage
+from ldm.training import method as method_module
+from ldm.training import train
 
 TINY = dict(input_size=T.SIZE, in_channels=3, patch_size=4, hidden_size=24, depth=2, num_heads=2)
 
@@ -60,19 +57,20 @@ def config_of(place: Path, way: str, **changes) -> Path:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_parameter_receives_a_gradient_in_training(place, monkeypatch, way):
-    stage = build_stage(*reversed(load_run(config_of(place, way))), torch.device("cpu"))
-    randomized(stage.task.model)  # a fresh DiT is closed by its zeros
-    task = stage.task.train()
-    strategy = SimpleNamespace(backward=lambda loss, optimizer, *args, **kw: loss.backward(*args, **kw))
-    task.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
-    task.configure_optimizers()
+    stage = T.build_method(config_of(place, way))
+    randomized(stage.model)  # a fresh DiT is closed by its zeros
+    task = stage.train()
+    trainer = T.attach(task)
     found = {}
 
-    def spy(optimizer, norm):
+    def spy(optimizer, norm, step):
         found.update({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
 
-    monkeypatch.setattr(task_module, "guarded_step", spy)
-    task.training_step(default_collate([stage.train[(i % len(stage.train), i)] for i in range(32)]), 0)
+    monkeypatch.setattr(method_module, "guarded_step", spy)
+    task.training_step(
+        default_collate([stage.train_set[(i % len(stage.train_set), i)] for i in range(32)]), 0
+    )
+    assert trainer
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     # A bias of the keys changes nothing; where the context is one token, so do queries, keys and their norm.
     deaf = (

@@ -130,7 +130,7 @@ def test_first_stage_that_does_not_exist(place, trained):
         ("network.params.in_channels=4", "the network takes 4 channels"),
         ("data.params.channels=1", "set data.params.channels=3"),
         ("data.params.size=17", "not a multiple of the autoencoder's downsampling factor 2"),
-        ("data.params.layout=flat", "has classes when its images lie in subfolders"),
+        ("data.params.layout=flat", "num_classes: auto: the data has no classes"),
         ("sampling.spacing=karas", "karas"),
     ],
 )
@@ -169,9 +169,8 @@ def test_dry_run_of_the_autoencoder(place):
         "autoencoder 'dry': one step of 8 images on cpu",
         "15 images to train on, 3 held out",
         "parameters encoder",
-        "parameters loss.discriminator",
+        "parameters objective.discriminator",
         "sample     image      (3, 16, 16) torch.float32",
-        "latents    (2, 8, 8)",
         "figure     rec_loss",
         "figure     disc_loss",  # though it only wakes at step 4 of a run
         "memory     peak",
@@ -195,7 +194,7 @@ def test_dry_run_of_the_diffusion_model(place, trained):
         "parameters first_stage_model",
         "0.000 M trained",
         "parameters conditioner",
-        "latents    (2, 8, 8)",
+        "sample     mean       (2, 8, 8)",
         "figure     loss",
         "figure     grad_norm",
         "memory     peak",

@@ -18,9 +18,8 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.dit import DiT
 from ldm.models.unet import UNetModel
-from ldm.training.run import train
-from ldm.training.run_config import fill_classes, load_run
-from ldm.training.stages import build_stage
+from ldm.training import train
+from ldm.training.run_config import load_run
 
 CPU = torch.device("cpu")
 SHIPPED = T.ROOT / "configs" / "diffusion"
@@ -66,7 +65,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 
 
 def stage(path: Path, overrides: list[str]):
-    return build_stage(*reversed(load_run(path, overrides)), CPU, rehearsal=True)
+    return T.build_method(path, overrides, rehearsal=True)
 
 
 # Values from the first stage's run
@@ -140,7 +139,7 @@ def test_a_gray_first_stage_says_its_channels_and_background_itself(own, caplog)
     first_stage = train_first_stage(own, images, "gray", channels=1, background="black", on_error="report")
     command = settings(own, first_stage, *VECTOR)
     built = stage(CLASS_UNET, command)
-    assert built.train.channels == 1 and built.train.background == (0, 0, 0)
+    assert built._shown_set.channels == 1 and built._shown_set.background == (0, 0, 0)
     hint = "the first stage was trained with data.params.on_error=report, which this config does not say"
     assert hint in caplog.text and "channels" not in caplog.text
     caplog.clear()
@@ -165,7 +164,7 @@ def test_one_step_is_no_steps(own, caplog):
 def test_shipped_configs_take_a_shift(place):
     shift = ["objective.params.time.params.shift=auto", "sampling.shift=auto"]
     built = stage(CLASS_UNET, settings(place, place / "runs" / "ae", *VECTOR, *shift))
-    assert built.task.objective.time.shift == built.draw.settings.shift == (2 * 8 * 8 / 4096) ** 0.5
+    assert built.objective.time.shift == built.sampling["shift"] == (2 * 8 * 8 / 4096) ** 0.5
 
 
 # Classes
@@ -193,10 +192,10 @@ DIT = dict(input_size=8, in_channels=2, patch_size=4, hidden_size=24, depth=1, n
 )
 def test_auto_counts_the_absent_class_of_a_network(place, network, count):
     built = stage(class_labels(place, network), [])
-    assert built.task.model.network.num_classes == count
-    assert built.task.model.conditioner.embedders[0].num_classes == 2
+    assert built.model.network.num_classes == count
+    assert built.model.conditioner.embedders[0].num_classes == 2
     x, t = torch.zeros(3, 2, 8, 8), torch.zeros(3)
-    out = built.task.model.network(x, t, y=torch.tensor([0, 1, 2]))  # 2 is the absent class
+    out = built.model.network(x, t, y=torch.tensor([0, 1, 2]))  # 2 is the absent class
     assert out.shape == x.shape
 
 
@@ -232,20 +231,9 @@ def test_discriminator_counts_the_classes_itself(place):
     config = copy.deepcopy(T.autoencoder_config(place / "images", place / "runs"))
     config["loss"]["params"] |= {"disc_conditional": True, "disc_num_classes": "auto"}
     path = T.write_config(place / "conditional.yaml", config)
-    assert stage(path, []).task.loss.discriminator.class_map.num_embeddings == 2
-    with pytest.raises(ValueError, match="disc_num_classes: auto.*disc_conditional=false"):
+    assert stage(path, []).objective.discriminator.class_map.num_embeddings == 2
+    with pytest.raises(ValueError, match="disc_num_classes: auto: the data has no classes"):
         stage(path, ["data.params.layout=flat"])
-
-
-def test_filling_leaves_other_parts_without_an_absent_class():
-    tree = {
-        "model": {"params": {"num_classes": "auto"}},
-        "network": {"target": "ldm.models.unet.UNetModel", "params": {"num_classes": "auto"}},
-        "loss": {"params": {"disc_num_classes": "auto"}},
-    }
-    fill_classes(tree, ["a", "b", "c"])
-    counts = [next(iter(tree[part]["params"].values())) for part in ("model", "network", "loss")]
-    assert counts == [3, 4, 3]
 
 
 # Conditions against the network
@@ -253,7 +241,7 @@ def test_filling_leaves_other_parts_without_an_absent_class():
 
 def test_a_flat_folder_is_shown_the_way_to_the_config_without_classes(own):
     command = settings(own, own / "runs" / "ae", *VECTOR, "data.params.layout=flat")
-    with pytest.raises(ValueError, match="take configs/diffusion/uncond-unet-f8.yaml"):
+    with pytest.raises(ValueError, match="num_classes: auto: the data has no classes"):
         stage(CLASS_UNET, command)
     less = [s for s in command if "conditioner" not in s]
     with pytest.raises(
@@ -261,7 +249,7 @@ def test_a_flat_folder_is_shown_the_way_to_the_config_without_classes(own):
     ):
         stage(CLASS_UNET, [*less, "conditioner=null"])
     plain = settings(own, own / "runs" / "ae", "data.params.layout=flat")
-    assert stage(SHIPPED / "uncond-unet-f8.yaml", plain).task.model.network.num_classes is None
+    assert stage(SHIPPED / "uncond-unet-f8.yaml", plain).model.network.num_classes is None
 
 
 @pytest.mark.parametrize(
@@ -311,12 +299,12 @@ def test_shift_auto_follows_from_the_latents(place):
     path = T.write_config(place / "shifted.yaml", config)
     built = stage(path, [])
     shift = (2 * 8 * 8 / 4096) ** 0.5
-    assert built.task.objective.time.shift == shift
+    assert built.objective.time.shift == shift
     # t' = s t / (1 + (s - 1) t)
     u = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    torch.testing.assert_close(built.task.objective.time(u), shift * u / (1 + (shift - 1) * u))
-    assert built.description["sampling"]["shift"] == shift and built.draw.settings.shift == shift
-    assert stage(path, ["sampling.shift=3"]).description["sampling"]["shift"] == 3
+    torch.testing.assert_close(built.objective.time(u), shift * u / (1 + (shift - 1) * u))
+    assert built.sampling["shift"] == shift
+    assert stage(path, ["sampling.shift=3"]).sampling["shift"] == 3
     assert load_run(path)[0].sampling.shift == "auto"  # as the run folder keeps it
 
 

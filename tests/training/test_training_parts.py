@@ -3,24 +3,30 @@
 import dataclasses
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import training_runs as T
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
 
-from ldm.training import progress as progress_module
 from ldm.training.ema import EMA
-from ldm.training.logs import CSVTable, RunLogs
+from ldm.training.loop import progress as progress_module
+from ldm.training.loop.logs import CSVLogs, CSVTable, make_loggers
+from ldm.training.loop.progress import Progress, image_progress
+from ldm.training.loop.trainer import check_batch
+from ldm.training.method import Diverged, Method, seed_generator
+from ldm.training.methods.autoencoder import AutoencoderKeys
+from ldm.training.methods.diffusion import DiffusionKeys
 from ldm.training.networks import channels_last
 from ldm.training.optimization import base_lr, clip_gradients, guarded_step, lr_factor, make_optimizer
-from ldm.training.progress import Progress, image_progress
-from ldm.training.run_config import AutoencoderRun, DiffusionRun, fill_classes
+from ldm.training.run import Run
+from ldm.training.run_config import RunConfig
 from ldm.training.settings import LoggingSettings, OptimizerSettings, SamplingSettings, TrainingSettings
-from ldm.training.task import Diverged, Task, seed_generator
-from ldm.training.trainer import check_batch
 
 # The learning rate
 
@@ -142,51 +148,50 @@ def test_guarded_step_is_adamw():
     torch.testing.assert_close(parameter.detach(), w, rtol=1e-12, atol=0)
 
 
-class Lopsided(Task):
+class Nothing:
+    classes, size = None, 2
+
+    def __len__(self):
+        return 1
+
+    def fingerprint(self):
+        return ""
+
+
+class Lopsided(Method):
     """Two optimizers; the loss of the first is not a number in the steps that it is told."""
 
     def __init__(self, bad_steps, max_bad_steps: int):
-        super().__init__(TrainingSettings(ema=None, max_bad_steps=max_bad_steps), seed=0)
-        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
-        self.averaged, self.bad_steps = self.first, bad_steps
+        settings = TrainingSettings(ema=None, max_bad_steps=max_bad_steps)
+        keys = RunConfig(task="own", name="lopsided", data={}, training=settings)
+        super().__init__(Run(None, keys, Nothing(), None, None), nn.Linear(2, 1))
+        self.first, self.second, self.bad_steps = self.model, nn.Linear(2, 1), bad_steps
 
-    def optimized(self):
+    def trained(self):
         return [list(self.first.parameters()), list(self.second.parameters())]
 
-    def update(self, batch):
-        for i, network in enumerate((self.first, self.second)):
-            factor = float("nan") if i == 0 and self.step in self.bad_steps else 1.0
-            (network(torch.ones(1, 2)).sum() * factor).backward()
-            self.optimizer_step(i)
-        return {}
+    def split(self, batch):
+        return [batch]
 
+    def losses(self):
+        return [self.loss, lambda batch: (self.second(torch.ones(1, 2)).sum(), {})]
 
-def attach(task: Task):
-    """What a task needs of a trainer, for steps by hand; the caller keeps it."""
-    from types import SimpleNamespace
-
-    strategy = SimpleNamespace(
-        backward=lambda loss, optimizer, *args, **kwargs: loss.backward(*args, **kwargs)
-    )
-    trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
-    task.trainer = trainer
-    task.configure_optimizers()
-    return trainer
+    def loss(self, batch):
+        factor = float("nan") if self.step in self.bad_steps else 1.0
+        return self.first(torch.ones(1, 2)).sum() * factor, {}
 
 
 def test_bad_steps_in_a_row_end_the_run_whichever_optimizer_has_them():
     task = Lopsided(bad_steps={0, 1, 3, 4, 5}, max_bad_steps=3)
-    trainer = attach(task)
+    trainer = T.attach(task)
     assert trainer
     before = [p.detach().clone() for p in task.first.parameters()]
-    for step in range(6):
+    for step in range(5):
         task.training_step({}, step)
         if step < 2:
             assert all(torch.equal(a, b) for a, b in zip(before, task.first.parameters(), strict=True))
-        if step < 5:
-            task.check_finite()  # two in a row, then a good one, then two
     with pytest.raises(Diverged, match="not finite in the last 3 steps .now at step 6.") as caught:
-        task.check_finite()
+        task.training_step({}, 5)  # two in a row, then a good one, then three
     assert "training.max_bad_steps is 3" in str(caught.value)
     assert str(caught.value).endswith("Lower training.optimizer.lr")  # in float32 already
     trainer.precision = "bf16-mixed"
@@ -297,23 +302,30 @@ def test_csv_holds_figures_that_are_not_finite(tmp_path):
     assert (tmp_path / "train.csv").read_text().splitlines()[1] == "1,nan,inf"
 
 
+def test_the_csv_is_a_lightning_logger(tmp_path):
+    logs = CSVLogs(tmp_path)
+    logs.log_metrics({"train/loss": 0.5, "epoch": 0}, 1)
+    logs.log_metrics({"validation/loss": 0.25}, 1)
+    logs.log_metrics({"train/loss": 0.5}, 1)  # again, by a run that is told to stop
+    assert (tmp_path / "train.csv").read_text() == "step,loss\n1,0.5\n"
+    assert (tmp_path / "validation.csv").read_text() == "step,loss\n1,0.25\n"
+    CSVLogs(tmp_path, resume_step=0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensorboard_beside_the_csv(tmp_path):
     pytest.importorskip("tensorboard")
-    logs = RunLogs(tmp_path, 0, tensorboard=True)
-    logs.add("train", 1, {"loss": 0.5})
-    logs.close()
-    assert (tmp_path / "train.csv").exists() and list(tmp_path.glob("events.*"))
+    for logger in make_loggers(tmp_path / "logs", 0, tensorboard=True):
+        logger.log_metrics({"train/loss": 0.5}, 1)
+        logger.finalize("success")
+    assert (tmp_path / "logs/train.csv").exists() and list((tmp_path / "logs").glob("events.*"))
 
 
 def test_tensorboard_missing_is_said(tmp_path, monkeypatch, caplog):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with caplog.at_level("INFO", "ldm"):
-        logs = RunLogs(tmp_path, 0, tensorboard=True)
-    logs.add("train", 1, {"loss": 0.5})
-    logs.close()
-    assert "TensorBoard is not installed" in caplog.text
+        (logger,) = make_loggers(tmp_path, 0, tensorboard=True)
+    assert isinstance(logger, CSVLogs) and "TensorBoard is not installed" in caplog.text
 
 
 # Settings
@@ -375,15 +387,15 @@ RUN = {"name": "x", "data": {}, "model": {}, "loss": {}}
 @pytest.mark.parametrize("name", ["", "a/b", "..", "."])
 def test_run_name_is_a_folder_name(name):
     with pytest.raises(ValueError, match="name must be a plain folder name"):
-        AutoencoderRun(task="autoencoder", **{**RUN, "name": name})
+        AutoencoderKeys(task="autoencoder", **{**RUN, "name": name})
 
 
 def test_run_values():
     with pytest.raises(ValueError, match="seed must be in"):
-        AutoencoderRun(task="autoencoder", **RUN, seed=-1)
+        AutoencoderKeys(task="autoencoder", **RUN, seed=-1)
     parts = {"data": {}, "network": {}, "denoiser": {}, "objective": {}, "first_stage": None}
     with pytest.raises(ValueError, match="latent_scale must be a number above 0, or auto, got 0"):
-        DiffusionRun(task="diffusion", name="x", **parts, latent_scale=0.0)
+        DiffusionKeys(task="diffusion", name="x", **parts, latent_scale=0.0)
 
 
 def test_batch_has_to_divide():
@@ -393,22 +405,35 @@ def test_batch_has_to_divide():
         check_batch(TrainingSettings(batch_size=10, accumulate=2), 2)
 
 
-def test_num_classes_auto_is_filled_from_the_data():
-    tree = {
-        "network": {"params": {"num_classes": "sequential"}},
-        "conditioner": {"params": {"embedders": [{"params": {"num_classes": "auto"}}]}},
-    }
-    for config in (tree, OmegaConf.create(tree)):
-        fill_classes(config, ["cat", "dog", "fox"])
-        assert config["conditioner"]["params"]["embedders"][0]["params"]["num_classes"] == 3
-        assert config["network"]["params"]["num_classes"] == "sequential"
+TREE = {
+    "network": {"params": {"num_classes": "auto"}},
+    "other": {"params": {"num_classes": "auto"}},
+    "conditioner": {"params": {"embedders": [{"params": {"num_classes": "auto"}}, {"params": {"dim": 3}}]}},
+}
+
+
+def test_what_the_program_provides_is_filled_in_where_it_is_declared():
+    run = Run(OmegaConf.create(TREE), None, SimpleNamespace(classes=["cat", "dog", "fox"]), None, None)
+    run.provide("network", "num_classes", lambda: run.count_classes() + 1)
+    run.provide("conditioner.params.embedders.*", "num_classes", run.count_classes)
+    run.provide("absent.params.part", "num_classes", run.count_classes)
+    tree = OmegaConf.to_container(run.cfg)
+    assert tree["network"]["params"]["num_classes"] == 4
+    assert tree["conditioner"]["params"]["embedders"] == [
+        {"params": {"num_classes": 3}},
+        {"params": {"dim": 3}},
+    ]
+    assert tree["other"]["params"]["num_classes"] == "auto"
+    run.cfg.network.params.num_classes = 10
+    run.provide("network", "num_classes", run.count_classes)
+    assert run.cfg.network.params.num_classes == 10
 
 
 @pytest.mark.parametrize("classes", [None, []])
 def test_num_classes_auto_without_classes_is_an_error(classes):
-    with pytest.raises(ValueError, match="one a class; take configs/diffusion/uncond-unet-f8.yaml"):
-        fill_classes({"params": {"num_classes": "auto"}}, classes)
-    fill_classes({"params": {"num_classes": 10}}, classes)
+    run = Run(OmegaConf.create(TREE), None, SimpleNamespace(classes=classes), None, None)
+    with pytest.raises(ValueError, match="network.params.num_classes: auto: the data has no classes"):
+        run.provide("network", "num_classes", run.count_classes)
 
 
 # Progress

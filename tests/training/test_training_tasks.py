@@ -12,11 +12,10 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from ldm.checkpoints import load
-from ldm.training import task as task_module
-from ldm.training.run import train
-from ldm.training.run_config import load_run
-from ldm.training.stage import Stage
-from ldm.training.stages import build_stage
+from ldm.training import method as method_module
+from ldm.training import train
+from ldm.training.loop.data_module import RunData
+from ldm.training.method import Method
 
 CPU = torch.device("cpu")
 
@@ -42,16 +41,16 @@ def changed(config: dict, **changes) -> dict:
     return config
 
 
-def stage_of(place: Path, config: dict) -> Stage:
-    return build_stage(*reversed(load_run(T.write_config(place / "config.yaml", config))), CPU)
+def stage_of(place: Path, config: dict) -> Method:
+    return T.build_method(T.write_config(place / "config.yaml", config))
 
 
-def autoencoder(place: Path, **changes) -> Stage:
+def autoencoder(place: Path, **changes) -> Method:
     changes = {"loss__params__disc_start": 0, **changes}
     return stage_of(place, changed(T.autoencoder_config(place / "images", place / "runs"), **changes))
 
 
-def diffusion(place: Path, **changes) -> Stage:
+def diffusion(place: Path, **changes) -> Method:
     config = T.diffusion_config(place / "images", place / "runs", place / "runs" / "ae")
     return stage_of(place, changed(config, **changes))
 
@@ -66,36 +65,39 @@ VQ = {
 }
 
 
-def batch_of(stage: Stage, size: int = 8, first: int = 0) -> dict:
-    return default_collate([stage.train[(i % len(stage.train), i)] for i in range(first, first + size)])
+def batch_of(stage: Method, size: int = 8, first: int = 0) -> dict:
+    return default_collate(
+        [stage.train_set[(i % len(stage.train_set), i)] for i in range(first, first + size)]
+    )
 
 
 class Steps:
     """A task taken through steps by hand, with the gradients that each optimizer was given."""
 
-    def __init__(self, stage: Stage, monkeypatch):
-        self.task = stage.task.train()
-        strategy = SimpleNamespace(backward=lambda loss, optimizer, *args, **kw: loss.backward(*args, **kw))
-        self.trainer = SimpleNamespace(strategy=strategy, world_size=1, global_rank=0)
-        self.task.trainer = self.trainer
-        self.task.configure_optimizers()
+    def __init__(self, stage: Method, monkeypatch):
+        self.task = stage.train()
+        self.trainer = T.attach(self.task)
         self.gradients: list[dict] = []
-        self._step = task_module.guarded_step
-        monkeypatch.setattr(task_module, "guarded_step", self._spy)
+        self._step = method_module.guarded_step
+        monkeypatch.setattr(method_module, "guarded_step", self._spy)
 
-    def _spy(self, optimizer, norm) -> None:
+    def _spy(self, optimizer, norm, step) -> None:
         """Gradients of ALL parameters at the moment when one optimizer steps."""
         named = self.task.named_parameters()
         self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-        self._step(optimizer, norm)
+        self._step(optimizer, norm, step)
 
     def __call__(self, batch: dict) -> dict:
         self.task.training_step(batch, 0)
-        return self.task.logs
+        return self.task.figures
+
+    @property
+    def figures(self) -> dict:
+        return {name: value for name, value in self.task.figures.items() if name != "images_per_second"}
 
     def names(self, index: int) -> set[str]:
         """Names of the parameters of an optimizer."""
-        ours = {id(p) for p in self.task.optimized()[index]}
+        ours = {id(p) for p in self.task.trained()[index]}
         return {name for name, p in self.task.named_parameters() if id(p) in ours}
 
 
@@ -113,7 +115,7 @@ def test_every_parameter_of_the_autoencoder_gets_a_gradient_of_its_own_loss(plac
     logs = steps(batch_of(stage))
     first, second = steps.gradients
     assert set(first) == steps.names(0) and all(n.startswith("model.") for n in first)
-    assert set(second) == steps.names(1) and all(n.startswith("loss.discriminator.") for n in second)
+    assert set(second) == steps.names(1) and all(n.startswith("objective.discriminator.") for n in second)
     for gradients in steps.gradients:
         for name, gradient in gradients.items():
             assert gradient.isfinite().all() and gradient.any(), name
@@ -125,14 +127,14 @@ def test_learned_logvar_is_trained_with_the_autoencoder(place, monkeypatch):
     stage = autoencoder(place, loss__params__learn_logvar=True)
     steps = Steps(stage, monkeypatch)
     steps(batch_of(stage))
-    assert "loss.logvar" in steps.gradients[0] and "loss.logvar" not in steps.gradients[1]
+    assert "objective.logvar" in steps.gradients[0] and "objective.logvar" not in steps.gradients[1]
 
 
 def test_before_its_start_the_discriminator_rests(place, monkeypatch):
     stage = autoencoder(place, loss__params__disc_start=1)
     steps = Steps(stage, monkeypatch)
     calls = []
-    stage.task.loss.discriminator.register_forward_hook(lambda *args: calls.append(1))
+    stage.objective.discriminator.register_forward_hook(lambda *args: calls.append(1))
     steps(batch_of(stage))
     assert len(steps.gradients) == 1 and not calls
     steps(batch_of(stage, first=8))
@@ -142,7 +144,7 @@ def test_before_its_start_the_discriminator_rests(place, monkeypatch):
 def test_every_parameter_of_the_diffusion_model_gets_a_gradient(place, monkeypatch):
     stage = diffusion(place)
     steps = Steps(stage, monkeypatch)
-    frozen = {n: p.clone() for n, p in stage.task.model.first_stage_model.state_dict().items()}
+    frozen = {n: p.clone() for n, p in stage.model.first_stage_model.state_dict().items()}
     steps(batch_of(stage))
     zero = {n for n, g in steps.gradients[0].items() if not g.any()}
     # A fresh network's last layer is zero, and so is what reaches those before it; one step later it is not.
@@ -153,14 +155,14 @@ def test_every_parameter_of_the_diffusion_model_gets_a_gradient(place, monkeypat
     assert any(n.startswith("model.conditioner.") for n in steps.gradients[-1])
     assert not any("first_stage" in n for n in steps.gradients[-1])
     assert [n for n, g in steps.gradients[-1].items() if not g.any() or not g.isfinite().all()] == []
-    after = stage.task.model.first_stage_model.state_dict()
+    after = stage.model.first_stage_model.state_dict()
     assert all(torch.equal(frozen[n], after[n]) for n in frozen)
-    assert not any(m.training for m in stage.task.model.first_stage_model.modules())
-    assert stage.task.model.network.training
+    assert not any(m.training for m in stage.model.first_stage_model.modules())
+    assert stage.model.network.training
 
 
 def test_frozen_first_stage_is_in_eval_mode_from_the_start(place):
-    model = diffusion(place, cache=False).task.model
+    model = diffusion(place, cache=False).model
     assert not any(m.training for m in model.first_stage_model.modules())
     assert model.network.training and model.conditioner.training
 
@@ -181,11 +183,11 @@ def weights(task) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in task.named_parameters()}
 
 
-def after_steps(stage: Stage, monkeypatch, count: int = 2) -> tuple[Steps, dict[str, torch.Tensor]]:
+def after_steps(stage: Method, monkeypatch, count: int = 2) -> tuple[Steps, dict[str, torch.Tensor]]:
     steps = Steps(stage, monkeypatch)
     for i in range(count):
         steps(batch_of(stage, first=8 * i))
-    return steps, weights(stage.task)
+    return steps, weights(stage)
 
 
 def assert_close(a: dict, b: dict, rtol: float = 1e-4) -> None:
@@ -206,7 +208,7 @@ def test_accumulation_does_not_change_diffusion(place, monkeypatch, accumulate):
     parts, found = after_steps(diffusion(place, **smooth, training__accumulate=accumulate), monkeypatch)
     assert_close(parts.gradients[0], whole.gradients[0])
     assert_close(found, expected)
-    torch.testing.assert_close(parts.task.logs, whole.task.logs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts.figures, whole.figures, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulation_does_not_change_the_autoencoder(place, monkeypatch):
@@ -237,22 +239,20 @@ def test_accumulation_draws_the_same(place, monkeypatch):
     stage = diffusion(place, network__params__dropout=0.0)
     batch = batch_of(stage)
     seen = []
-    objective = stage.task.objective
+    objective = stage.objective
 
     def spy(network, z, noise, u, cond):
         seen.append((z, noise, u))
         return objective(network, z, noise, u, cond)
 
-    stage.task.objective = spy
-    whole = stage.task.errors(batch, "train")["loss"]
+    stage.objective = spy
+    whole = stage.errors(batch, "train")["loss"]
     for part in (slice(0, 3), slice(3, 8)):
-        stage.task.errors({name: value[part] for name, value in batch.items()}, "train")
+        stage.errors({name: value[part] for name, value in batch.items()}, "train")
     for i in range(3):
         assert torch.equal(seen[0][i], torch.cat([seen[1][i], seen[2][i]]))
     assert len(seen[0][2].unique()) == 8 and whole.shape == (8,)
-    assert not torch.equal(
-        stage.task.errors(batch, "validation")["t"], stage.task.errors(batch, "train")["t"]
-    )
+    assert not torch.equal(stage.errors(batch, "validation")["t"], stage.errors(batch, "train")["t"])
 
 
 # Validation and pictures
@@ -299,28 +299,28 @@ def test_validation_gives_the_same_figures_twice(place):
 def test_validation_uses_the_averages_and_gives_the_weights_back(place):
     stage = autoencoder(place)
     steps = Steps.__new__(Steps)
-    steps.task = stage.task
-    stage.task.trainer = steps.trainer = SimpleNamespace(world_size=1, global_rank=0)
-    stage.task.configure_optimizers()
-    for average in stage.task.ema.averages:
+    steps.task = stage
+    stage.trainer = steps.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    stage.configure_optimizers()
+    for average in stage.ema.averages:
         average.zero_()
-    before, generator = weights(stage.task), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="out of memory"), stage.task.evaluating():
-        assert not stage.task.model.training and not any(p.any() for p in stage.task.model.parameters())
+    before, generator = weights(stage), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="out of memory"), stage.evaluating():
+        assert not stage.model.training and not any(p.any() for p in stage.model.parameters())
         torch.rand(3)
         raise RuntimeError("out of memory")
-    assert stage.task.model.training
-    assert all(torch.equal(before[name], value) for name, value in weights(stage.task).items())
+    assert stage.model.training
+    assert all(torch.equal(before[name], value) for name, value in weights(stage).items())
     assert torch.equal(torch.get_rng_state(), generator)
 
 
 def test_measures_of_the_autoencoder_in_closed_form(place):
     stage = autoencoder(place, loss__params__disc_weight=0.0)
-    task = stage.task.eval()
+    task = stage.eval()
     batch = batch_of(stage, 4)
     batch["position"] = batch["index"]
     task.model.forward = lambda x, noise=None: (x + 0.1, task.model.encode(x))
-    measures = task.measure({**batch, "image": torch.zeros_like(batch["image"])})
+    measures = task.validate({**batch, "image": torch.zeros_like(batch["image"])})
     assert set(measures) == {"l1", "psnr", "kl"} and all(v.shape == (4,) for v in measures.values())
     torch.testing.assert_close(measures["l1"], torch.full((4,), 0.1))
     torch.testing.assert_close(measures["psnr"], torch.full((4,), 10 * math.log10(4 / 0.01)))
@@ -328,20 +328,25 @@ def test_measures_of_the_autoencoder_in_closed_form(place):
 
 def test_held_out_images_are_shared_among_processes(place):
     stage = autoencoder(place, data__params__validation=7)
-    training = stage.task.settings
-    logging = SimpleNamespace(validation_batches=None)
+    training, logging = stage.settings, stage.keys.logging
+    logging.validation_batches, logging.validate_every = None, 1
 
-    def indices(rank: int, world: int) -> tuple[list[int], bool]:
-        batches, counts = stage.held_out(training, logging)(rank, world)
-        return [i for batch in batches for i in batch["index"].tolist()], counts
+    def indices(rank: int, world: int) -> tuple[list[int], int]:
+        data = RunData(stage)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+        batches = list(data.val_dataloader())
+        assert data.validation_share in (len(batches), len(batches) - 1)
+        counted = batches[: data.validation_share]
+        return [i for batch in counted for i in batch["index"].tolist()], len(batches)
 
     alone, _ = indices(0, 1)
     assert sorted(alone) == list(range(7)) and alone != sorted(alone)
     shared = [indices(rank, 4) for rank in range(4)]  # batches of 8 / 4 = 2 images: 2, 2, 2 and 1
     assert sorted(sum((own for own, _ in shared), [])) == list(range(7))
-    assert all(counts for _, counts in shared)
     lone = [indices(rank, 8) for rank in range(8)]  # seven batches of one for eight processes
-    assert [counts for _, counts in lone] == [True] * 7 + [False] and lone[7][0] == lone[0][0]
+    assert [len(own) for own, _ in lone] == [1] * 7 + [0]
+    for processes in (shared, lone):  # and each goes through as many
+        assert len({count for _, count in processes}) == 1
     logging.validation_batches = 1
     training.batch_size = 4
     assert indices(0, 1)[0] == alone[:4]
@@ -374,7 +379,7 @@ def test_dropout_is_reproducible_and_depends_on_the_seed(place, monkeypatch):
     runs = []
     for seed in (0, 0, 1):
         stage = diffusion(place, network__params__dropout=0.5)
-        stage.task.seed = seed
+        stage.seed = seed
         torch.manual_seed(len(runs))  # whatever was drawn before
         runs.append(after_steps(stage, monkeypatch)[1])
     assert T.differences(runs[0], runs[1]) == []
@@ -385,9 +390,9 @@ def test_cached_latents_are_those_encoded_on_the_fly(place, monkeypatch):
     """To rounding: the cache encodes other batches than a step does. Flips and posterior samples included."""
     fixed = {**SMOOTH, "latent_scale": 0.5, "network__params__dropout": 0.0}
     cached, encoded = diffusion(place, **fixed), diffusion(place, **fixed, cache=False)
-    assert "mean" in cached.train[0] and "image" in encoded.train[0]
+    assert "mean" in cached.train_set[0] and "image" in encoded.train_set[0]
     for first in (0, 8):
-        a, b = (stage.task.errors(batch_of(stage, first=first), "train") for stage in (cached, encoded))
+        a, b = (stage.errors(batch_of(stage, first=first), "train") for stage in (cached, encoded))
         torch.testing.assert_close(a["loss"], b["loss"], rtol=1e-4, atol=1e-5)
         assert torch.equal(a["t"], b["t"])
 
@@ -395,9 +400,9 @@ def test_cached_latents_are_those_encoded_on_the_fly(place, monkeypatch):
 def test_latents_are_normalised(place):
     stage = diffusion(place)
     noise = torch.randn(8, 15, 2, 8, 8, generator=torch.Generator().manual_seed(0))
-    z = torch.cat([stage.task.latents(batch_of(stage, 15, 15 * i), noise[i]) for i in range(8)])
+    z = torch.cat([stage.latents(batch_of(stage, 15, 15 * i), noise[i]) for i in range(8)])
     assert z.mean((0, 2, 3)).abs().max() < 0.03 and (z.std((0, 2, 3)) - 1).abs().max() < 0.03
-    fixed = diffusion(place, latent_scale=0.18215).task.model
+    fixed = diffusion(place, latent_scale=0.18215).model
     assert fixed.latent_scale.flatten().tolist() == [pytest.approx(0.18215)] * 2
     assert fixed.latent_shift.eq(0).all()
 
@@ -407,20 +412,20 @@ def test_diffusion_of_pixels(place, monkeypatch):
         place, first_stage=None, network__params__in_channels=3, network__params__out_channels=3
     )
     steps, _ = after_steps(stage, monkeypatch)
-    assert stage.task.model.latent_shape == (3, T.SIZE, T.SIZE) and steps.task.step == 2
+    assert stage.model.latent_shape == (3, T.SIZE, T.SIZE) and steps.task.step == 2
     assert stage.keep(Path("nowhere")) is None
 
 
 def test_init_from_takes_the_weights_of_a_run(place):
     source = quiet(place, "source", "ldm")
-    model = diffusion(place, init_from=str(source)).task.model
+    model = diffusion(place, init_from=str(source)).model
     trained = load(source).state_dict()
     assert T.differences(dict(model.state_dict()), dict(trained)) == []  # the latents' scale included
     with pytest.raises(ValueError, match="trained in the latents of another first stage"):
         other = T.autoencoder_config(place / "images", place / "runs", "other")
         train(T.write_config(place / "config.yaml", other), ["training.steps=2", "seed=5"])
         diffusion(place, first_stage=str(place / "runs/other"), init_from=str(source))
-    first = autoencoder(place, init_from=str(place / "runs" / "ae")).task.model
+    first = autoencoder(place, init_from=str(place / "runs" / "ae")).model
     assert T.differences(dict(first.state_dict()), dict(load(place / "runs" / "ae").state_dict())) == []
 
 
@@ -453,7 +458,7 @@ def test_autoencoder_mistakes_are_told_at_the_start(place, changes, message):
         ({"data__params__channels": 1}, "the images have 1 channels, the autoencoder takes 3"),
         ({"data__params__size": 17}, "not a multiple of the autoencoder's downsampling factor"),
         ({"network__params__in_channels": 4}, "the network takes 4 channels.*latents have 2"),
-        ({"data__params__layout": "flat"}, "the data has none. An image folder has classes when"),
+        ({"data__params__layout": "flat"}, "num_classes: auto: the data has no classes"),
         ({"data__params__crop": "random"}, "random crops cannot be cached"),
     ],
 )
@@ -506,18 +511,18 @@ def test_changed_data_is_told(tmp_path, caplog):
 
 
 def test_run_that_diverges_stops_and_keeps_its_checkpoints(place, monkeypatch):
-    from ldm.training.autoencoder import AutoencoderTask
+    from ldm.training.methods.autoencoder import AutoencoderMethod
 
-    original = AutoencoderTask.noise
+    original = AutoencoderMethod.noise
 
     def noise(self, batch, stream):
         spoilt = float("nan") if self.step >= 5 and stream == "train" else 1.0
         return original(self, batch, stream) * spoilt
 
-    monkeypatch.setattr(AutoencoderTask, "noise", noise)
+    monkeypatch.setattr(AutoencoderMethod, "noise", noise)
     config = T.autoencoder_config(place / "images", place / "runs", "diverging")
     path = T.write_config(place / "config.yaml", config)
-    with pytest.raises(task_module.Diverged, match="not finite in the last 3 steps .now at step 8."):
+    with pytest.raises(method_module.Diverged, match="not finite in the last 3 steps .now at step 8."):
         train(path, ["training.max_bad_steps=3", "training.checkpoint_every=2"])
     run = place / "runs" / "diverging"
     assert T.steps_saved(run) == [4, 6]

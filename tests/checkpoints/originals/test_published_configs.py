@@ -233,7 +233,7 @@ def test_what_is_not_supported_is_refused_by_name(change, words):
             {"target": "sgm.models.diffusion.DifusionEngine"},
             "did you mean sgm.models.diffusion.DiffusionEngine",
         ),
-        ({"model": {"target": "ldm.training.task.Task"}}, "no known model"),
+        ({"model": {"target": "ldm.training.method.Method"}}, "no known model"),
     ],
 )
 def test_what_is_no_model(config, words):

@@ -15,7 +15,7 @@ from ldm.checkpoints.originals.original_yaml import read_tree
 from ldm.checkpoints.trust import is_run_config
 from ldm.planning.bare_networks import network_work, read_network
 from ldm.planning.meter import Cost, Meter
-from ldm.planning.works import WORK, PlanRequest, Work, assumed_values, assumptions
+from ldm.planning.work import PlanRequest, Work, work_of_run
 
 GIB = 2**30
 FLOAT = 4  # bytes
@@ -101,17 +101,12 @@ def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | 
     Raises:
         ValueError: mistakes in the config; something that cannot be planned without the data.
     """
-    from ldm.training.run_config import load_run
-
-    request = replace(request or PlanRequest(), config=path)
+    request = request or PlanRequest()
     if path.is_file() and not is_run_config(path) and _has_model(path):
         model, node, run = read_network(path, overrides)
         work = network_work(model, node, run, request)
     else:
-        cfg, run = load_run(path, overrides, assumed=assumed_values(request))
-        with torch.device("meta"):
-            work = WORK[run.task](cfg, run, request)
-        work.notes = [*assumptions(cfg), *work.notes]
+        run, work = work_of_run(path, overrides, request)
     half = run.training.precision != "32"
     if run.training.accumulate > 1:  # the gradients of the parts before are there already
         for parameter in work.trained:

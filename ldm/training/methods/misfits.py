@@ -4,6 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.conditioning import Conditioner
+from ldm.data.latents.cache import BESIDE_LATENTS
 
 UNCONDITIONAL = "configs/diffusion/uncond-unet-f8.yaml"
 
@@ -76,3 +80,17 @@ def _token_misfits(context_dim: Any, tokens: Tensor | None) -> Iterator[str]:
 
 def _set(**values: Any) -> str:
     return "set " + " ".join(f"network.params.{name}={value}" for name, value in values.items())
+
+
+def check_conditions(conditioner: Conditioner, train: Dataset, cached: bool) -> None:
+    """ValueError where the data does not hold what the conditioner reads."""
+    if "label" in conditioner.keys and not train.classes:
+        raise ValueError(
+            "the conditioner reads labels, but the data has no classes (one subfolder a class makes them)"
+        )
+    for embedder in conditioner.embedders if cached else ():
+        if not {embedder.key, *embedder.also} & set(BESIDE_LATENTS):
+            raise ValueError(
+                f"the conditioner's {type(embedder).__name__} reads {embedder.key!r}, but cached latents are "
+                "without the images they were made from; set cache=false, which encodes every batch anew"
+            )

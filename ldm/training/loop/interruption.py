@@ -6,7 +6,7 @@ import threading
 import pytorch_lightning as pl
 import torch
 
-from ldm.training.task import Task
+from ldm.training.method import Method
 
 
 class Interruption(pl.Callback):
@@ -37,26 +37,30 @@ class Interruption(pl.Callback):
             raise KeyboardInterrupt
         self.asked = number
 
-    def on_train_batch_end(self, trainer, task: Task, outputs, batch, batch_idx) -> None:
-        if self._agreed(trainer, task):
+    def on_train_batch_end(self, trainer, method: Method, outputs, batch, batch_idx) -> None:
+        if self._agreed(trainer, method):
             self.asked = self.asked or signal.SIGTERM
             trainer.should_stop = True
+            # Lightning validates at every end; whoever waits for this one has no use for it unless it is due.
+            every = method.keys.logging.validate_every
+            if every is not None and method.step % every:
+                trainer.limit_val_batches = 0
 
-    def _agreed(self, trainer, task: Task) -> bool:
+    def _agreed(self, trainer, method: Method) -> bool:
         if trainer.world_size == 1:
             return self.asked is not None
-        if task.step % self.AGREE_EVERY:
+        if method.step % self.AGREE_EVERY:
             return False
         # All processes have to stop at one and the same step, also if only one of them got the signal.
-        asked = torch.tensor(float(self.asked is not None), device=task.device)
+        asked = torch.tensor(float(self.asked is not None), device=method.device)
         return bool(trainer.strategy.reduce(asked, reduce_op="sum") > 0)
 
 
 def own_signals(trainer: pl.Trainer) -> None:
     """Keep Lightning off the signals, and off asking every process in every step about them.
 
-    Its handlers end a run without our checkpoint, under SLURM they save inside of the handler, and in its
-    question all processes wait for the GPU at every step.
+    Its handlers would end a run without our checkpoint or save inside of the handler, and in its question all
+    processes wait for the GPU at every step: a stopped run could not go on in the same bits.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -1,19 +1,19 @@
-"""The Lightning trainer, of which only devices, strategy, precision and hooks are used: the rest is ours."""
+"""The Lightning trainer of a run."""
 
 import logging
 import warnings
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 
-from ldm.data import PositionSampler, make_loader
-from ldm.training.interruption import own_signals
+from ldm.training.loop.interruption import own_signals
+from ldm.training.method import Method
 from ldm.training.networks import keep_freed_memory
-from ldm.training.run_config import AutoencoderRun, RunConfig
+from ldm.training.run_config import RunConfig
 from ldm.training.settings import TrainingSettings
-from ldm.training.stage import Stage
 
-# Advice of Lightning's that does not apply: workers are chosen by measure, epochs and its loggers not used.
+# Advice of Lightning's that does not apply: workers are chosen by measure, epochs not used.
 _NOT_FOR_US = (
     ".*does not have many workers.*",
     ".*`isinstance\\(treespec, LeafSpec\\)`.*",
@@ -23,28 +23,9 @@ _NOT_FOR_US = (
     ".*IterableDataset.*",
     ".*number of training batches.*",
     ".*in eval mode at the start of training.*",
+    ".*sync_dist.*",
+    ".*experiment logs directory.*",
 )
-
-
-class TrainingData(pl.LightningDataModule):
-    """Batches from `start_step` on; made after the processes are up, so that each knows its rank."""
-
-    def __init__(self, stage: Stage, training: TrainingSettings, seed: int, start_step: int):
-        super().__init__()
-        self.stage, self.training, self.seed, self.start_step = stage, training, seed, start_step
-
-    def train_dataloader(self):
-        sampler = PositionSampler(
-            len(self.stage.train),
-            self.seed,
-            self.training.batch_size,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            start_step=self.start_step,
-            steps=self.training.steps,
-        )
-        ranks = self.trainer.num_devices  # of this machine
-        return make_loader(self.stage.train, sampler, self.training.workers, ranks_on_node=ranks)
 
 
 def check_batch(training: TrainingSettings, devices: int) -> None:
@@ -88,33 +69,43 @@ def quiet_lightning() -> None:
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
 
 
-def make_trainer(run: RunConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
+def make_trainer(
+    keys: RunConfig,
+    method: type[Method],
+    callbacks: list[pl.Callback],
+    loggers: list[Logger] | None = None,
+) -> pl.Trainer:
     """A trainer for this run's devices."""
     quiet_lightning()
-    gpu, devices = uses_gpu(run.training), device_count(run.training)
-    check_batch(run.training, devices)
-    # The discriminator rests before disc_start, and the autoencoder rests while it learns.
-    ddp = "ddp_find_unused_parameters_true" if isinstance(run, AutoencoderRun) else "ddp"
+    training, logging_ = keys.training, keys.logging
+    gpu, devices = uses_gpu(training), device_count(training)
+    check_batch(training, devices)
+    ddp = "ddp_find_unused_parameters_true" if method.rests else "ddp"
     if gpu:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
+    validates = bool(loggers is not None and logging_.validate_every)
     trainer = pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=devices,
         strategy=ddp if devices > 1 else "auto",
-        precision=pick_precision(run.training, gpu),
+        precision=pick_precision(training, gpu),
         max_epochs=-1,
-        logger=False,
+        logger=loggers or False,
+        log_every_n_steps=logging_.every,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        limit_val_batches=0,
+        val_check_interval=logging_.validate_every if validates else None,
+        check_val_every_n_epoch=None if validates else 1,
+        limit_val_batches=None if validates else 0,
         num_sanity_val_steps=0,
+        inference_mode=False,
         callbacks=callbacks,
-        default_root_dir=run.folder,
+        default_root_dir=keys.folder,
     )
     own_signals(trainer)
     return trainer
