@@ -109,6 +109,7 @@ def _run(app: typer.Typer, arguments: list[str] | None, program: str) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("ldm").setLevel(logging.INFO)
     warnings.formatwarning = _warning
+    sys.path.append(os.getcwd())  # where parts of the user's own lie; last, to hide none
     try:
         app(arguments, prog_name=program)
     except KeyboardInterrupt:  # while a module was still being imported

@@ -20,6 +20,8 @@ MAY_CHANGE = (
     "name",
     "runs",
     "logging",
+    "callbacks",
+    "loggers",
     "sampling",
     "training.steps",
     "training.accumulate",
