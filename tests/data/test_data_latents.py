@@ -25,7 +25,7 @@ from ldm.data import (
     make_loader,
     measure_latents,
 )
-from ldm.data.latents import fill as encode
+from ldm.data.latents import shards as encode
 
 
 def images(count=11, flip=False, **options):
