@@ -34,10 +34,8 @@ def verify(
 ) -> list[BadFile]:
     """Decode every file at full size and list those that cannot become a sample, empty ones first.
 
-    Args:
-        images: the folder, made with on_error="report" if it may hold empty files.
-        num_workers: as for `make_loader`.
-        progress: called with (files done, files in all) after every few files.
+    `images` is made with on_error="report" if it may hold empty files; `progress` is called with (files done,
+    files in all).
     """
     bad = [BadFile(path, "empty file (0 bytes)") for path in images.empty_files()]
     batches = SequentialBatches(len(images), batch_size=16)

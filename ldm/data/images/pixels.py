@@ -78,7 +78,6 @@ def read_image(path: str, shrink_to: int | None = None, max_pixels: int = MAX_PI
     """Decode a file; of an animation, the first frame.
 
     Args:
-        path: the file.
         shrink_to: JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size as long as the shorter side keeps
             three times this many pixels: faster on photographs, and not visible after the resize.
         max_pixels: larger images are refused before they are decoded.

@@ -37,10 +37,7 @@ class LatentCache:
     a decoder shows; float32 makes cached training equal to encoding on the fly. "auto" is float32 up to 1
     GiB, float16 beyond.
 
-    Make one with `build`, train from `dataset()`.
-
     Attributes:
-        directory: where it lies.
         shape: (c, h, w) of a latent.
         dtype: "float32" or "float16".
         flips: whether both orientations are held.
@@ -148,12 +145,8 @@ class LatentCache:
     def read(
         self, indices: np.ndarray, mirrored: np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and std, float32 (B, c, h, w) each.
-
-        Args:
-            indices: int (B,) in [0, len).
-            mirrored: bool (B,), which are wanted mirrored; only a cache with `flips` has them.
-        """
+        """Posterior mean and std, float32 (B, c, h, w) each, of `indices` (B,); `mirrored`, bool (B,), says
+        which are wanted mirrored, and only a cache with `flips` has them."""
         indices = np.asarray(indices, dtype=np.int64)
         mirrored = np.zeros(len(indices), dtype=bool) if mirrored is None else mirrored
         if mirrored.any() and not self.flips:

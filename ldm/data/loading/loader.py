@@ -150,24 +150,21 @@ def make_loader(
 ) -> DataLoader:
     """A DataLoader over batches of entries; what it yields does not depend on the number of workers.
 
-    Workers hand images over as uint8 where the data set can (`compact`), and "auto" takes no more of them
-    than the shared memory has room for.
+    Workers hand images over as uint8 where the data set can (`compact`).
 
     Args:
         dataset: map-style; one of this package's, or anything whose samples are dicts.
         batch_sampler: yields lists of entries, for instance a `PositionSampler`.
-        num_workers: worker processes, or "auto" (see `worker_count`).
+        num_workers: worker processes, or "auto" (`worker_count`, as far as shared memory has room).
         pin_memory: page-locked batches for fast copies to a GPU; "auto" when there is one.
         multiprocessing_context: "fork", "spawn", "forkserver", None (Python's default) or "auto"
             (`start_method`).
         prefetch: batches that each worker keeps ready.
-        ranks_on_node: training processes on this machine, for "auto".
+        ranks_on_node: training processes on this machine, see `worker_count`.
         collate_fn: makes a batch of a list of samples.
 
     Raises:
-        ValueError: num_workers is neither "auto" nor a count.
-
-    Iterating raises, besides what the data set does, the errors of `WorkersLoader`.
+        ValueError: num_workers is neither "auto" nor a count. Iterating raises as `WorkersLoader` does.
     """
     compact = hasattr(dataset, "compact") and collate_fn is collate
     batch, ranks = batch_bytes(dataset, batch_sampler), _ranks(ranks_on_node)

@@ -8,6 +8,7 @@ sample.
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -37,10 +38,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
 def hash64(seed: int, stream: str, *values: np.ndarray | int) -> np.ndarray:
     """uint64 hash of (seed, stream name, values...); the values broadcast against each other.
 
-    Args:
-        seed: integer in [0, 2^63).
-        stream: a name; different names give unrelated numbers.
-        values: integers or integer arrays; negative ones wrap into 64 bits.
+    Different streams give unrelated numbers; negative values wrap into 64 bits.
     """
     tag = zlib.crc32(stream.encode())
     # Of shape (1,): arrays wrap silently, scalars would warn.
@@ -73,8 +71,7 @@ def permuted(slots: np.ndarray, num_samples: int, seed: int, epochs: np.ndarray 
     so any slot of any epoch costs the same few multiplications, whatever the size of the dataset.
 
     Args:
-        slots: integers in [0, num_samples), any shape (B,).
-        num_samples: size of the permuted set, at least 1.
+        slots: integers (B,) in [0, num_samples).
         seed: which family of permutations.
         epochs: which permutation of the family; one number or an array (B,).
 
@@ -108,6 +105,7 @@ def _round(key: np.ndarray, half: np.ndarray, modulus: int) -> np.ndarray:
     return (mix64(key ^ half.view(np.uint64)) % np.uint64(modulus)).astype(np.int64)
 
 
+@dataclass(eq=False)
 class PositionSampler(Sampler):
     """Batch sampler: for each step, this rank's list of (index, position).
 
@@ -129,35 +127,30 @@ class PositionSampler(Sampler):
         ValueError: an argument out of range, or batch_size no multiple of world_size.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        seed: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        steps: int | None = None,
-    ):
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}: the dataset is empty")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of world_size {world_size}")
-        if batch_size < 1 or batch_size % world_size:
-            near = max(1, round(batch_size / world_size)) * world_size
+    num_samples: int
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    steps: int | None = None
+
+    def __post_init__(self):
+        batch, world = self.batch_size, self.world_size
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}: the dataset is empty")
+        if world < 1 or not 0 <= self.rank < world:
+            raise ValueError(f"rank must lie in [0, world_size), got rank {self.rank} of world_size {world}")
+        if batch < 1 or batch % world:
+            near = max(1, round(batch / world)) * world
             raise ValueError(
                 "batch_size must be a positive multiple of the number of processes: "
-                f"{batch_size} over {world_size} processes (the nearest that fits is {near})"
+                f"{batch} over {world} processes (the nearest that fits is {near})"
             )
-        if start_step < 0 or (steps is not None and steps < 0):
-            raise ValueError(f"start_step and steps must not be negative, got {start_step} and {steps}")
-        self.num_samples = num_samples
-        self.seed = check_seed(seed)
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.steps = steps
+        for name in ("start_step", "steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self.seed = check_seed(self.seed)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """This rank's (index, position) pairs of one step, in O(batch) time and memory."""
@@ -186,12 +179,8 @@ class PositionSampler(Sampler):
 
 
 class SequentialBatches(Sampler):
-    """Batch sampler over the plain view: every index once, in order, as bare indices.
-
-    Args:
-        indices: number of samples, or the indices to visit.
-        batch_size: samples in a batch; the last may be smaller.
-    """
+    """Batch sampler over the plain view: the `indices`, or range(indices), in order; the last batch may be
+    smaller."""
 
     def __init__(self, indices: int | np.ndarray, batch_size: int):
         if batch_size < 1:

@@ -126,12 +126,8 @@ class WorkerSide(Dataset):
     """What a worker process has of a data set: it makes whole batches, or hands over the error.
 
     torch would send an error as a new one of the same class whose message is the traceback. That is right for
-    a bug, and hides what a bad file or a full disk means.
-
-    Args:
-        dataset: map-style. With a method `compact(entry)`, which gives a sample whose image is uint8, and
-            `compact` set here, samples come from that.
-        collate_fn: makes a batch of a list of samples.
+    a bug, and hides what a bad file or a full disk means. With `compact`, samples come from the data set's
+    method of that name, which leaves images in uint8.
     """
 
     def __init__(self, dataset: Dataset, collate_fn: Callable, compact: bool):
