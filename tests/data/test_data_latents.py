@@ -25,7 +25,7 @@ from ldm.data import (
     make_loader,
     measure_latents,
 )
-from ldm.data.latents import shards as encode
+from ldm.data.latents import shards
 
 
 def images(count=11, flip=False, **options):
@@ -130,7 +130,7 @@ def test_half_precision_keeps_its_promise(tmp_path):
 
 def test_auto_precision_depends_on_the_size(tmp_path, monkeypatch):
     assert build(images(), tmp_path / "small").dtype == "float32"
-    monkeypatch.setattr(encode, "_EXACT_BELOW", 1000)
+    monkeypatch.setattr(shards, "_EXACT_BELOW", 1000)
     assert build(images(), tmp_path / "large").dtype == "float16"
 
 
