@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data import BadImageError, SequentialBatches, make_loader
-from ldm.data.images.decode import read_image
-from ldm.data.images.pixels import cut_square, square_box, to_pixels
+from ldm.data.images.pixels import cut_square, read_image, square_box, to_pixels
 from ldm.data.images.scan import scan_folder
 from ldm.wording import did_you_mean
 

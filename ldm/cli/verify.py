@@ -33,7 +33,7 @@ def command(
     """
     from ldm.cli.progress import progress_bar
     from ldm.data import ImageFolder
-    from ldm.data.images.verify import verify
+    from ldm.data.images.bad_files import verify
 
     images = ImageFolder(folder, size=1, on_error="report", layout="flat")
     with progress_bar(len(images), "reading") as bar:

@@ -1,16 +1,35 @@
-"""YAML in, objects out: reading with overrides, the check against signatures, instantiation."""
+"""YAML in, objects out.
+
+A configuration is a tree of plain sections (`training: {steps: 1000}`) and of parts that name their class
+(`target: ldm.models.unet.UNetModel`, `params: {...}`). `load` reads a file and merges overrides, `check`
+holds every part against the signature of its class before anything slow starts, `check_section` does the same
+for a plain section and its dataclass, `fill` puts in what the program knows, and `instantiate` builds. A
+mistake is a `ConfigError` that names file, line and full path; all mistakes of a file are reported together.
+"""
 
 from ldm.config.checking import check, check_section, instantiate
-from ldm.config.tree import ConfigError, differences, load, loads, save, to_plain, to_yaml
+from ldm.config.other_runs import from_run, not_repeated
+from ldm.config.provided import fill
+from ldm.config.resolved import load, loads
+from ldm.config.signatures import is_target, parameters, resolve_target
+from ldm.config.tree import ASSUMED, ConfigError, differences, places_of, save, to_plain, to_yaml
 
 __all__ = [
+    "ASSUMED",
     "ConfigError",
     "check",
     "check_section",
     "differences",
+    "fill",
+    "from_run",
     "instantiate",
+    "is_target",
     "load",
     "loads",
+    "not_repeated",
+    "parameters",
+    "places_of",
+    "resolve_target",
     "save",
     "to_plain",
     "to_yaml",

@@ -1,19 +1,15 @@
-"""YAML in, objects out.
-
-A configuration is a tree of plain sections (`training: {steps: 1000}`) and of parts that name their class
-(`target: ldm.models.unet.UNetModel`, `params: {...}`). `load` reads a file and merges overrides, `check`
-holds every part against the signature of its class before anything slow starts, `check_section` does the same
-for a plain section and its dataclass, and `instantiate` builds. A mistake is a `ConfigError` that names file,
-line and full path; all mistakes of a file are reported together.
-"""
+"""Holding a configuration against the code: parts against signatures, plain sections against dataclasses."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
 from ldm.config import signatures
-from ldm.config.signatures import as_word, field_types, is_target, nested_dataclass
+from ldm.config.annotations import fitted, mismatch
+from ldm.config.provided import AUTO, Declared, names_for
+from ldm.config.signatures import field_types, is_target, nested_dataclass
 from ldm.config.tree import ConfigError, Places, join, locate, parts_of, path_of, places_of, to_plain
 from ldm.wording import did_you_mean
 
@@ -23,81 +19,81 @@ T = TypeVar("T")
 def check(
     config: DictConfig | Mapping,
     allow_foreign: bool | Collection[str] = False,
-    provided: Mapping[str, Collection[str]] | None = None,
+    provided: Declared | None = None,
+    offered: Declared | None = None,
 ) -> None:
     """Hold every `target` and its params against the code, nested ones and those in lists too.
 
     Args:
         config: from `load`, or a part of it, or a plain mapping.
         allow_foreign: also import targets outside `ldm` (only for a YAML that the user named): all, or these.
-        provided: by the dotted path of a part, the parameters that `instantiate` will get from the program.
+        provided: by the dotted path of a part, the parameters that `instantiate` will get from the program
+            and that a YAML may not set. In a path, `*` stands for anything.
+        offered: likewise the parameters that `fill` will put in where the YAML says `auto`, or says nothing
+            and the class has no default of its own. Any other value is held against the signature.
 
     Raises:
         ConfigError: every unknown target, unknown or missing parameter and mistyped value, one a line, as
             `file:line: full.path: what; did you mean ...?`.
     """
-    checked = _check(to_plain(config), path_of(config), places_of(config), allow_foreign, provided or {})
-    problems = list(dict.fromkeys(checked))
+    checker = _Checker(places_of(config), allow_foreign, provided or {}, offered or {})
+    problems = list(dict.fromkeys(checker.problems(to_plain(config), path_of(config))))
     if problems:
         raise ConfigError(*problems)
 
 
-def _check(
-    node: Any, path: str, places: Places, allow_foreign: bool | Collection[str], provided: Mapping
-) -> Iterator[str]:
-    if isinstance(node, dict):
-        if is_target(node):
-            yield from _check_part(node, path, places, allow_foreign, provided.get(path, ()))
-        elif "params" in node:
-            yield f"{locate(places, join(path, 'params'))}: params without a target beside it"
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in items:
-        yield from _check(value, join(path, name), places, allow_foreign, provided)
+@dataclass
+class _Checker:
+    places: Places
+    allow_foreign: bool | Collection[str]
+    provided: Declared
+    offered: Declared
 
+    def problems(self, node: Any, path: str) -> Iterator[str]:
+        """What is wrong at `path` and below."""
+        if isinstance(node, dict):
+            if is_target(node):
+                yield from self._of_part(node, path)
+            elif "params" in node:
+                yield f"{self._at(path, 'params')}: params without a target beside it"
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for name, value in items:
+            yield from self.problems(value, join(path, name))
 
-def _check_part(
-    node: dict, path: str, places: Places, allow_foreign: bool | Collection[str], provided: Collection[str]
-) -> Iterator[str]:
-    """One mapping with a `target`, without the targets nested in it."""
-    for name in node:
-        if name not in ("target", "params"):
-            yield f"{locate(places, join(path, name))}: stands beside target; move it under params"
-    params = node.get("params")
-    params = {} if params is None else params
-    if not isinstance(params, dict):
-        yield f"{locate(places, join(path, 'params'))}: expected a mapping of parameters, got {params!r}"
-        return
-    try:
-        function = _resolve(node["target"], allow_foreign)
-    except ValueError as error:
-        yield f"{locate(places, join(path, 'target'))}: {error}"
-        return
-    yield from _check_params(function, params, path, places, provided, node["target"])
+    def _at(self, path: str, name: Any) -> str:
+        return locate(self.places, join(path, name))
 
-
-def _check_params(
-    function: Any, params: dict, path: str, places: Places, provided: Collection[str], target: str
-) -> Iterator[str]:
-    accepted = signatures.parameters(function)
-    names = [name for name in accepted or () if name not in provided]
-    for name, value in params.items():
-        where = locate(places, join(join(path, "params"), name))
-        if name in provided:
-            yield f"{where}: comes from the program and cannot be set here"
-        elif accepted is not None and name not in accepted:
-            hint = did_you_mean(name, names)
-            yield f"{where}: unknown{hint} ({target} takes: {', '.join(names) or 'nothing'})"
-        elif accepted is not None and (problem := signatures.mismatch(value, accepted[name].annotation)):
-            yield f"{where}: {problem}"
-    missing = signatures.missing_parameters(function, {*params, *provided})
-    if missing:
-        yield f"{locate(places, join(path, 'params'))}: {target} also needs {', '.join(missing)}"
-
-
-def _resolve(target: Any, allow_foreign: bool | Collection[str]) -> Any:
-    if not isinstance(target, str):
-        raise ValueError(f"expected a dotted path, got {target!r}")
-    return signatures.resolve_target(target, allow_foreign)
+    def _of_part(self, node: dict, path: str) -> Iterator[str]:
+        """One mapping with a `target`, without the targets nested in it."""
+        for name in node:
+            if name not in ("target", "params"):
+                yield f"{self._at(path, name)}: stands beside target; move it under params"
+        params = {} if node.get("params") is None else node["params"]
+        if not isinstance(params, dict):
+            yield f"{self._at(path, 'params')}: expected a mapping of parameters, got {params!r}"
+            return
+        try:
+            function = signatures.resolve_target(node["target"], self.allow_foreign)
+        except ValueError as error:
+            yield f"{self._at(path, 'target')}: {error}"
+            return
+        provided, offered = names_for(self.provided, path), names_for(self.offered, path)
+        accepted = signatures.parameters(function)
+        names = [name for name in accepted or () if name not in provided]
+        for name, value in params.items():
+            where = self._at(join(path, "params"), name)
+            if name in provided:
+                yield f"{where}: comes from the program and cannot be set here"
+            elif accepted is not None and name not in accepted:
+                hint = did_you_mean(name, names)
+                yield f"{where}: unknown{hint} ({node['target']} takes: {', '.join(names) or 'nothing'})"
+            elif accepted is None or (name in offered and value == AUTO):
+                continue
+            elif problem := mismatch(value, accepted[name].annotation):
+                yield f"{where}: {problem}"
+        missing = signatures.missing_parameters(function, {*params, *provided, *offered})
+        if missing:
+            yield f"{self._at(path, 'params')}: {node['target']} also needs {', '.join(missing)}"
 
 
 def check_section(section: DictConfig | Mapping | None, kind: type[T], path: str = "") -> T:
@@ -112,31 +108,31 @@ def check_section(section: DictConfig | Mapping | None, kind: type[T], path: str
         ConfigError: unknown or missing keys, mistyped values, or what the dataclass itself refuses.
     """
     values = {} if section is None else to_plain(section)
-    path = ".".join(parts_of(path)) or path_of(section)
-    return _fill(values, kind, path, places_of(section))
+    return _made(values, kind, ".".join(parts_of(path)) or path_of(section), places_of(section))
 
 
-def _fill(values: Any, kind: type[T], path: str, places: Places) -> T:
+def _made(values: Any, kind: type[T], path: str, places: Places) -> T:
     annotations = field_types(kind)
     if not isinstance(values, dict):
         keys = ", ".join(annotations)
         raise ConfigError(f"{locate(places, path)}: expected a mapping of {keys}, got {values!r}")
     problems, given = [], {}
     for name, value in values.items():
-        where, full = locate(places, join(path, name)), join(path, "")
-        nested = nested_dataclass(annotations.get(name))
+        where = locate(places, join(path, name))
         if name not in annotations:
-            hint = did_you_mean(name, annotations, full)
+            hint = did_you_mean(name, annotations, join(path, ""))
             problems.append(f"{where}: unknown{hint} (allowed: {', '.join(annotations)})")
-        elif nested is not None and not (value is None and annotations[name] is not nested):
+            continue
+        nested = nested_dataclass(annotations[name])
+        if nested is not None and not (value is None and annotations[name] is not nested):
             try:  # `training:` with nothing behind it means the defaults
-                given[name] = _fill({} if value is None else value, nested, join(path, name), places)
+                given[name] = _made({} if value is None else value, nested, join(path, name), places)
             except ConfigError as error:
                 problems += error.problems
-        elif problem := signatures.mismatch(as_word(value, annotations[name]), annotations[name]):
+            continue
+        given[name] = fitted(value, annotations[name])
+        if problem := mismatch(given[name], annotations[name]):
             problems.append(f"{where}: {problem}")
-        else:
-            given[name] = as_word(value, annotations[name])
     missing = signatures.missing_parameters(kind, values)
     if missing:
         problems.append(f"{locate(places, path)}: also needs {', '.join(missing)}")
@@ -153,7 +149,8 @@ def instantiate(
 ) -> Any:
     """Build what a `target` names from its params, nested targets first; `extra` goes to the outermost only.
 
-    Plain mappings and lists among the params are handed over as dict and list.
+    Plain mappings and lists among the params are handed over as dict and list, numbers as the signature wants
+    them (see `fitted`).
 
     Raises:
         ConfigError: not a part, a target that may not be called, or the constructor's own ValueError,
@@ -169,19 +166,23 @@ def instantiate(
 def _build(
     node: Any, path: str, places: Places, allow_foreign: bool | Collection[str], extra: Mapping[str, Any]
 ) -> Any:
+    def inner(items: Mapping, above: str) -> dict:
+        return {n: _build(item, join(above, n), places, allow_foreign, {}) for n, item in items.items()}
+
     if isinstance(node, list):
         return [_build(item, join(path, i), places, allow_foreign, {}) for i, item in enumerate(node)]
     if not isinstance(node, dict):
         return node
     if not is_target(node):
-        return {name: _build(v, join(path, name), places, allow_foreign, {}) for name, v in node.items()}
+        return inner(node, path)
     given, params_path = node.get("params") or {}, join(path, "params")
-    twice = sorted(given.keys() & extra.keys())
-    if twice:
+    if twice := sorted(given.keys() & extra.keys()):
         raise ConfigError(f"{locate(places, params_path)}: {', '.join(twice)} comes from the program")
-    params = {n: _build(v, join(params_path, n), places, allow_foreign, {}) for n, v in given.items()}
     try:
-        return _resolve(node["target"], allow_foreign)(**params, **extra)
+        function = signatures.resolve_target(node["target"], allow_foreign)
+        accepted = signatures.parameters(function) or {}
+        given = {n: fitted(v, accepted[n].annotation) if n in accepted else v for n, v in given.items()}
+        return function(**inner(given, params_path), **extra)
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:

@@ -6,8 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm import config as configuration
-from ldm.config.tree import ConfigError, leaves, parts_of
+from ldm.config.tree import ConfigError, leaves, parts_of, to_plain
 from ldm.wording import nearest
 
 _MANDATORY = re.compile(r"\$\{from_run:([^,]*),([^,]*)\}")
@@ -42,7 +41,7 @@ def from_run(
     value = OmegaConf.select(OmegaConf.load(file), key)
     if value is None and default is _NONE:
         raise ConfigError(f"{file} has no {key}; give {key}=... yourself")
-    return default if value is None else configuration.to_plain(value)
+    return default if value is None else to_plain(value)
 
 
 # OmegaConf renamed the function in 2.4.
@@ -62,7 +61,7 @@ def _kept(run: str | None, root: Any, node: Any) -> Any:
     if OmegaConf.select(own, "first_stage") != run:
         return None
     value = OmegaConf.select(own, ".".join(parts_of(node._get_full_key(None))))
-    return None if value is None else configuration.to_plain(value)
+    return None if value is None else to_plain(value)
 
 
 def _no_run(run: str | None, key: str, root: Any) -> str:

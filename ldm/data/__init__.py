@@ -1,10 +1,10 @@
 """Images in: folders, embedded sets, their deterministic order, and cached latents."""
 
+from ldm.data.images.bad_files import BadFile, verify
 from ldm.data.images.dataset import ImageDataset
-from ldm.data.images.decode import BadImageError
 from ldm.data.images.embedded import ArrayDataset, Digits, Emoji, MissingPackageError
-from ldm.data.images.folder import ImageFolder
-from ldm.data.images.verify import BadFile, verify
+from ldm.data.images.image_folder import ImageFolder
+from ldm.data.images.pixels import BadImageError
 from ldm.data.latents.cache import LatentCache, LatentDataset
 from ldm.data.latents.statistics import ChannelStatistics, measure_latents
 from ldm.data.loading.loader import collate, make_loader

@@ -22,7 +22,7 @@ def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
     cfg, keys = load_run(path, overrides)
     check_images(cfg, keys)
     # Only now: a mistake in the config should not wait for torch and Lightning to be imported.
-    from ldm.data.loading.waiting import clear_worker_errors
+    from ldm.data.loading.workers import clear_worker_errors
     from ldm.training.loop.fit import fit
 
     with clear_worker_errors():
@@ -48,7 +48,7 @@ def check_images(cfg, keys: RunConfig) -> None:
     The data set says the same, many seconds of importing later. A run with checkpoints may be complete and
     need no images any more.
     """
-    if cfg.data.get("target") not in ("ldm.data.ImageFolder", "ldm.data.images.folder.ImageFolder"):
+    if cfg.data.get("target") not in ("ldm.data.ImageFolder", "ldm.data.images.image_folder.ImageFolder"):
         return
     root = (cfg.data.get("params") or {}).get("root")
     if not isinstance(root, str) or (keys.folder / "checkpoints").exists():

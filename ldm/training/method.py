@@ -56,6 +56,8 @@ class Method(pl.LightningModule):
     Keys: ClassVar[type[RunConfig]] = RunConfig
     #: By the dotted path of a part, parameters that the method itself gives and no config may.
     supplies: ClassVar[Mapping[str, list[str]]] = {}
+    #: Likewise, parameters for which a config may say `auto`; `build` provides them.
+    offers: ClassVar[Mapping[str, list[str]]] = {}
     #: The figures that the progress line has room for.
     shown: tuple[str, ...] = ("loss",)
     #: What the pictures are called.

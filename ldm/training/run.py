@@ -1,12 +1,12 @@
 """What a training method is built from: its config, its data, and where weights may come from."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -49,18 +49,9 @@ class Run:
         """Images to draw pictures of: held-out ones where there are any."""
         return self.validation or self.train
 
-    def provide(self, part: str, name: str, value: Callable[[], Any]) -> None:
-        """Put `value()` where the YAML says `auto` for the parameter `name` of a part.
-
-        part: dotted path; `*` stands for every item of a list.
-        """
-        for node in _at(self.cfg, part.split(".")):
-            params = node.get("params") if isinstance(node, DictConfig) else None
-            if params is not None and params.get(name) == "auto":
-                try:
-                    params[name] = value()
-                except ValueError as error:
-                    raise ValueError(f"{part}.params.{name}: auto: {error}") from error
+    def provide(self, part: str, name: str, make: Callable[[], Any]) -> None:
+        """Put `make()` where the config leaves a parameter to the program, see `ldm.config.fill`."""
+        configuration.fill(self.cfg, part, name, make, allow_foreign=True)
 
     @property
     def holds_values(self) -> bool:
@@ -97,16 +88,6 @@ class Run:
         if path is not None and self.holds_values and not self.resuming:
             # What this run's config names may be in the other file too.
             load_strict(model, load(path, configuration.to_plain(self.cfg)).state_dict(), where=path)
-
-
-def _at(node: Any, parts: list[str]) -> Iterator[Any]:
-    if not parts:
-        yield node
-    elif isinstance(node, ListConfig) and parts[0] == "*":
-        for item in node:
-            yield from _at(item, parts[1:])
-    elif isinstance(node, DictConfig) and node.get(parts[0]) is not None:
-        yield from _at(node[parts[0]], parts[1:])
 
 
 def begin(

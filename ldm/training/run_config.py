@@ -103,7 +103,7 @@ def load_run(
     except configuration.ConfigError as error:
         problems += error.problems
     try:
-        configuration.check(cfg, allow_foreign=True, provided=method.supplies)
+        configuration.check(cfg, allow_foreign=True, provided=method.supplies, offered=method.offers)
     except configuration.ConfigError as error:
         problems += error.problems
     if problems:

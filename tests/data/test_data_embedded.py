@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ldm.data.images.embedded import Digits, Emoji, MissingPackageError
-from ldm.data.loading.hashing import flip_mask
+from ldm.data.loading.order import flip_mask
 
 
 @pytest.fixture(scope="module")

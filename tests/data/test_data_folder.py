@@ -10,14 +10,12 @@ import torch
 from hypothesis import given, settings
 from PIL import Image
 
-from ldm.data.images.dataset import parse_entries, validation_mask
-from ldm.data.images.decode import BadImageError
-from ldm.data.images.folder import ImageFolder
-from ldm.data.images.verify import verify
-from ldm.data.latents.strings import StringTable
-from ldm.data.loading.hashing import flip_mask, name_hash
+from ldm.data.images.bad_files import verify
+from ldm.data.images.dataset import StringTable, name_hash, parse_entries, validation_mask
+from ldm.data.images.image_folder import ImageFolder
+from ldm.data.images.pixels import BadImageError
 from ldm.data.loading.loader import make_loader
-from ldm.data.loading.order import PositionSampler
+from ldm.data.loading.order import PositionSampler, flip_mask
 
 # Text that a file system can hold, though some of it is no UTF-8.
 NAMES = st.lists(st.binary(min_size=0, max_size=30).map(os.fsdecode), max_size=20)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.images.decode import BadImageError, Decoded, read_image
 from ldm.data.images.pixels import (
+    BadImageError,
+    Decoded,
     cut_square,
     normalize_pixels,
     parse_background,
+    read_image,
     square_box,
     to_pixels,
     to_rgb,

@@ -25,7 +25,7 @@ from ldm.data import (
     make_loader,
     measure_latents,
 )
-from ldm.data.latents import fill as encode
+from ldm.data.latents import shards
 
 
 def images(count=11, flip=False, **options):
@@ -102,7 +102,7 @@ def test_one_sample_equals_its_place_in_a_batch(tmp_path):
 def test_attributes(tmp_path):
     cache = build(images(), tmp_path / "c")
     assert len(cache) == 11 and cache.shape == (4, 4, 4) and not cache.flips and cache.dtype == "float32"
-    assert cache.classes == ["x", "y", "z"] and cache.labels.tolist() == images().labels.tolist()
+    assert cache.classes == ["x", "y", "z"] and cache.beside["label"].tolist() == images().labels.tolist()
     latents = cache.dataset()
     assert latents.num_classes == 3 and latents.in_memory and len(latents) == 11
     again = LatentCache.open(tmp_path / "c")
@@ -130,7 +130,7 @@ def test_half_precision_keeps_its_promise(tmp_path):
 
 def test_auto_precision_depends_on_the_size(tmp_path, monkeypatch):
     assert build(images(), tmp_path / "small").dtype == "float32"
-    monkeypatch.setattr(encode, "_EXACT_BELOW", 1000)
+    monkeypatch.setattr(shards, "_EXACT_BELOW", 1000)
     assert build(images(), tmp_path / "large").dtype == "float16"
 
 
@@ -149,7 +149,7 @@ def test_folders_captionless_and_classless(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "i" / f"{i}.png")
     cache = build(ImageFolder(tmp_path / "i", 8), tmp_path / "c")
-    assert cache.labels is None and cache.classes is None
+    assert not cache.beside and cache.classes is None
     assert set(cache.dataset()[(1, 0)]) == {"mean", "std", "index", "position"}
 
 
@@ -263,7 +263,7 @@ def cut(path):
     [
         lambda c: cut(c / "shard-00001.npy"),
         lambda c: (c / "shard-00000.npy").unlink(),
-        lambda c: (c / "labels.npy").unlink(),
+        lambda c: (c / "label.npy").unlink(),
         lambda c: (c / "manifest.json").write_text("{"),
         lambda c: (c / "manifest.json").write_text("[]"),
         lambda c: (c / "manifest.json").write_text('{"made_from": {"version": 1}}'),

@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from ldm.data.loading.hashing import flip_mask, hash64, mix64, uniform01
-from ldm.data.loading.order import PositionSampler, SequentialBatches, permuted
+from ldm.data.loading.order import (
+    PositionSampler,
+    SequentialBatches,
+    flip_mask,
+    hash64,
+    mix64,
+    permuted,
+    uniform01,
+)
 
 SEEDS = st.integers(0, 2**63 - 1)
 

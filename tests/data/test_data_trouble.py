@@ -25,11 +25,10 @@ from ldm.data import (
     SequentialBatches,
     make_loader,
 )
-from ldm.data.loading import shared_memory, waiting
-from ldm.data.loading.loader import worker_count
-from ldm.data.loading.shared_memory import SharedMemoryFull, batch_bytes, needed_bytes, workers_that_fit
-from ldm.data.loading.transport import Parcel, map_tensors
-from ldm.data.loading.waiting import LostWorker, clear_worker_errors
+from ldm.data.loading import loader as loader_module
+from ldm.data.loading import workers as workers_module
+from ldm.data.loading.loader import batch_bytes, needed_bytes, worker_count, workers_that_fit
+from ldm.data.loading.workers import LostWorker, Parcel, SharedMemoryFull, clear_worker_errors, map_tensors
 
 MB = 1 << 20
 
@@ -224,10 +223,10 @@ def test_full_shared_memory_is_an_error_with_the_ways_out():
 
 @pytest.fixture
 def room(monkeypatch):
-    monkeypatch.setattr(shared_memory, "_told", set())
+    monkeypatch.setattr(loader_module, "_told", set())
 
     def has(count):
-        monkeypatch.setattr(shared_memory, "free_bytes", lambda: count)
+        monkeypatch.setattr(loader_module, "free_bytes", lambda: count)
 
     return has
 
@@ -275,7 +274,7 @@ def test_a_run_with_a_small_dev_shm(place):
     code = f"""
 import torch
 from ldm.data import ImageFolder, SequentialBatches, make_loader
-from ldm.data.loading.shared_memory import SharedMemoryFull
+from ldm.data.loading.workers import SharedMemoryFull
 
 images = ImageFolder({str(place / "my images")!r}, 256, on_error="report")
 for workers in ("auto", 4):
@@ -362,7 +361,7 @@ def test_slow_workers_are_waited_for_and_stuck_ones_are_not(monkeypatch, caplog)
     loader = make_loader(Dies(sleeps), SequentialBatches(4, 1), 1)
     assert [batch["index"].item() for batch in loader] == [0, 1, 2, 3]
     assert caplog.text.count("waiting for images for 1 s now") == 1
-    monkeypatch.setattr(waiting, "GIVE_UP_AFTER", 2)
+    monkeypatch.setattr(workers_module, "_GIVE_UP_AFTER", 2)
     with pytest.raises(LostWorker, match="no image has come .*training.workers=0"):
         list(make_loader(Dies(sleeps), SequentialBatches(4, 1), 1))
 
@@ -410,7 +409,7 @@ def test_older_caches_of_the_same_images_are_named(tmp_path, caplog):
     assert "in 2 folders under" in said and "(one, two)" in said
     assert (tmp_path / "one" / "manifest.json").exists()
     taken = sum(path.stat().st_size for name in ("one", "two") for path in (tmp_path / name).iterdir())
-    from ldm.data.latents.other_caches import other_caches
+    from ldm.data.latents.cache import other_caches
 
     assert sum(other_caches(tmp_path / "three", data.fingerprint()).values()) == taken
 

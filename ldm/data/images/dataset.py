@@ -1,16 +1,18 @@
-"""What every image dataset shares: how it is asked for samples, its split, its seed."""
+"""What every image dataset shares: how it is asked for samples, its names, its split, its fingerprint."""
 
 import copy
 import hashlib
 import json
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ldm.data.loading.hashing import check_seed
+from ldm.data.loading.order import check_seed
 from ldm.wording import counted
 
 # A sample is asked for by index alone (the plain view) or by (index, position in the run).
@@ -35,14 +37,20 @@ def parse_entries(entries: Sequence[Entry], length: int) -> tuple[np.ndarray, np
     return indices, positions
 
 
+def check_shape(size: int, channels: int, least: int = 1) -> None:
+    """ValueError unless images (channels, size, size) can be made, `least` being the smallest size."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        raise ValueError(f"size must be an integer of at least {least} (pixels of a side), got {size!r}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
+
+
 def check_validation(validation: float | int) -> float | int:
     """A share in [0, 1) or a count; ValueError otherwise."""
-    good = not isinstance(validation, bool) and isinstance(validation, int | float)
-    if not good or validation < 0 or (isinstance(validation, float) and not validation < 1):
-        raise ValueError(
-            f"validation must be a share in [0, 1) such as 0.02, or a number of images such as 500, "
-            f"got {validation!r}"
-        )
+    share = isinstance(validation, float) and 0 <= validation < 1
+    count = isinstance(validation, int) and not isinstance(validation, bool) and validation >= 0
+    if not (share or count):
+        raise ValueError(f"validation must be a share in [0, 1) or a number of images, got {validation!r}")
     return validation
 
 
@@ -84,42 +92,116 @@ def fingerprint_of(*parts: np.ndarray | dict) -> str:
     return digest.hexdigest()
 
 
-class ImageDataset(Dataset):
-    """Base of the map-style image datasets.
+class StringTable:
+    """An immutable list of strings held as one byte buffer and one array of offsets.
 
-    `ds[(index, position)]` is the sample as training sees it at `position`, the count of samples since the
-    start of the run: crop and flip are pure functions of (seed, position). `ds[index]` is the plain view:
-    centre crop, no flip, position -1. A sample is a dict of
+    A Python list of a million paths is a million reference counts: a forked worker that only reads them still
+    writes to their pages, and every worker ends with its own copy. Two flat buffers take the bytes of the
+    text plus 8 per string, and pickle as two memory copies. Text that is no valid UTF-8 (file names can be
+    such) survives through the file-system encoding.
+    """
+
+    def __init__(self, buffer: np.ndarray, offsets: np.ndarray):
+        self.buffer = buffer  # uint8 (bytes of all strings,)
+        self.offsets = offsets  # int64 (len + 1,)
+
+    @classmethod
+    def from_bytes(cls, strings: Iterable[bytes]) -> "StringTable":
+        strings = list(strings)
+        offsets = np.zeros(len(strings) + 1, dtype=np.int64)
+        np.cumsum([len(s) for s in strings], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(strings), dtype=np.uint8), offsets)
+
+    @classmethod
+    def from_strings(cls, strings: Iterable[str]) -> "StringTable":
+        return cls.from_bytes(os.fsencode(s) for s in strings)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def bytes_at(self, index: int) -> bytes:
+        return self.buffer[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"string {index} of {len(self)}")
+        return os.fsdecode(self.bytes_at(index))
+
+    def select(self, rows: np.ndarray) -> "StringTable":
+        return StringTable.from_bytes(self.bytes_at(int(row)) for row in rows)
+
+    def hashes(self) -> np.ndarray:
+        """uint64 (len,): a stable hash of each string, the same on every machine and in every version."""
+        return np.array([name_hash(self.bytes_at(i)) for i in range(len(self))], dtype=np.uint64)
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes + self.offsets.nbytes
+
+    def save(self, path: Path) -> None:
+        """Write as one .npz file."""
+        np.savez(path, buffer=self.buffer, offsets=self.offsets)
+
+    @classmethod
+    def load(cls, path: Path) -> "StringTable":
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(arrays["buffer"], arrays["offsets"])
+
+
+def name_hash(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+class AddressedDataset(Dataset):
+    """A map-style dataset whose samples are asked for by (index, position) or, for the plain view, by index.
+
+    `position` counts samples since the start of the run; what is random in a sample is a pure function of
+    (seed, position), and the plain view, at position -1, has nothing random.
+
+    Attributes:
+        classes: names of the classes in the order of their labels, or None.
+        in_memory: whether samples cost no reading, so that worker processes would only slow them down.
+    """
+
+    in_memory = False
+    classes: list[str] | None = None
+    seed = 0
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes) if self.classes else 0
+
+    def set_seed(self, seed: int) -> None:
+        """Choose the randomness of a run. Call it before a loader starts: workers hold a copy."""
+        self.seed = check_seed(seed)
+
+
+class ImageDataset(AddressedDataset):
+    """Base of the image datasets. A sample is a dict of
 
         image     float32 (channels, size, size) in [-1, 1]
         label     int64, when the set has classes
         index     int64, within this dataset
         position  int64
 
+    `ds[(index, position)]` is cropped and flipped by (seed, position); `ds[index]` is the centre crop.
+
     Attributes:
         size, channels, crop, flip: how samples are made.
-        classes: names of the classes in the order of their labels, or None.
         part: "all", "train" or "validation".
         rows: int64 (len,), which samples of the whole set this part has.
-        in_memory: whether samples cost no reading, so that worker processes would only slow them down.
     """
 
-    in_memory = False
     crop = "center"
-    classes: list[str] | None = None
 
     def __init__(self, count: int, size: int, channels: int, flip: bool, validation: float | int):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive integer (pixels of a side), got {size!r}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
+        check_shape(size, channels)
         if not isinstance(flip, bool):
             raise ValueError(f"flip must be true or false, got {flip!r}")
         self.size = size
         self.channels = channels
         self.flip = flip
         self.validation = check_validation(validation)
-        self.seed = 0
         self.part = "all"
         self.rows = np.arange(count)
         self._labels: np.ndarray | None = None  # int64, of the whole set
@@ -136,14 +218,6 @@ class ImageDataset(Dataset):
     def sample_bytes(self) -> int:
         """What the image of a sample takes on its way out of a worker process."""
         return self.channels * self.size**2 * torch.float32.itemsize
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes) if self.classes else 0
-
-    def set_seed(self, seed: int) -> None:
-        """Choose the crops and flips of a run. Call it before a loader starts: workers hold a copy."""
-        self.seed = check_seed(seed)
 
     def split(self, part: str) -> "ImageDataset":
         """The training or the validation part; they share what the whole holds in memory.

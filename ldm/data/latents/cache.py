@@ -3,50 +3,45 @@
 import json
 import logging
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ldm.data.images.dataset import Entry, parse_entries
-from ldm.data.latents.fill import CAPTIONS, DTYPES, LABELS, MANIFEST, encode_into
-from ldm.data.latents.other_caches import tell_other_caches
+from ldm.data.images.dataset import AddressedDataset, Entry, StringTable, parse_entries
+from ldm.data.latents.shards import MANIFEST, encode_into
 from ldm.data.latents.statistics import MomentsFn, Progress
-from ldm.data.latents.strings import StringTable
-from ldm.data.loading.hashing import check_seed, flip_mask
 from ldm.data.loading.loader import make_loader
-from ldm.data.loading.order import SequentialBatches
+from ldm.data.loading.order import SequentialBatches, flip_mask
 from ldm.files import locked, remove_leftovers, whole_folder
-from ldm.wording import counted
+from ldm.wording import counted, some
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-#: What a cache keeps of a sample besides its latent, where the images have it.
-BESIDE_LATENTS = ("label", "caption")
+_DTYPES = ("auto", "float32", "float16")
 
 
 class LatentCache:
     """The latents of a dataset in memory-mapped shards.
 
     A row holds an image's posterior mean and standard deviation, for each orientation: (O, M, c, h, w) with O
-    = 2 when the dataset mirrors, and M = 1 for a first stage without spread (std all zero), which then takes
-    half the space. `manifest.json` says what the latents were made from; it is written last, and the whole
-    folder appears by a rename, so a cache is complete or not there.
+    = 2 when the dataset mirrors, and M = 1 for a first stage without spread (std all zero). `manifest.json`
+    says what the latents were made from; the whole folder appears by a rename, so a cache is complete or not
+    there.
 
     float16 rounds each value by at most 2^-11 (0.05 %) of itself, or 2^-25 where that is more, far below what
     a decoder shows; float32 makes cached training equal to encoding on the fly. "auto" is float32 up to 1
     GiB, float16 beyond.
 
-    Make one with `build`, train from `dataset()`.
-
     Attributes:
-        directory: where it lies.
         shape: (c, h, w) of a latent.
         dtype: "float32" or "float16".
         flips: whether both orientations are held.
-        labels: int64 (len,) or None. classes: their names or None.
+        beside: what the samples have beside their latents, by key: labels, captions, what was asked for.
+        classes: names of the labels, or None.
         latent_mean, latent_std: float32 (c,), statistics of sampled latents (see `ChannelStatistics`), taken
             before rounding and over all orientations.
         fingerprint: 64 hex digits of what the latents were made from.
@@ -62,8 +57,7 @@ class LatentCache:
         self.fingerprint: str = manifest["fingerprint"]
         self.latent_mean = torch.tensor(manifest["latent_mean"])
         self.latent_std = torch.tensor(manifest["latent_std"])
-        self.labels = np.load(directory / LABELS) if manifest["has_labels"] else None
-        self.captions = StringTable.load(directory / CAPTIONS) if manifest["has_captions"] else None
+        self.beside = {key: _load_beside(directory / name) for key, name in _beside_of(manifest).items()}
         self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -78,6 +72,7 @@ class LatentCache:
         *,
         first_stage: str,
         flips: bool | None = None,
+        beside: Collection[str] = (),
         dtype: str = "auto",
         batch_size: int = 32,
         shard_bytes: int = 256 << 20,
@@ -92,18 +87,16 @@ class LatentCache:
         the new one is complete.
 
         Args:
-            dataset: an `ImageDataset` with centre crops; its plain view is encoded, with and without
-                mirroring.
-            moments_fn: float32 images (B, C, H, W) in [-1, 1] on the CPU -> (mean, std) of their latents; std
-                may be None. Moving to a device, autocast and no_grad are its own affair.
+            dataset: an `ImageDataset` with centre crops, whose plain view is encoded.
+            moments_fn: see `MomentsFn`, with images on the CPU. Moving to a device, autocast and no_grad are
+                its own affair.
             directory: becomes the cache; a lock file `.<name>.lock` stays beside it.
             first_stage: fingerprint of the encoder, its weights and precision.
             flips: hold both orientations; None asks `dataset.flip`.
+            beside: keys of a sample to keep beside its latent; "label" and "caption" are kept anyway.
             dtype: "auto", "float32" or "float16".
-            batch_size: images a call of moments_fn.
             shard_bytes: largest size of a file.
-            num_workers: as for `make_loader`.
-            progress: called with (images done, images in all) after every batch.
+            progress: called after every batch.
             reuse: false builds even if the cache at `directory` is good.
 
         Raises:
@@ -120,6 +113,8 @@ class LatentCache:
             "flips": flips,
             "dtype": dtype,
         }
+        if more := sorted({*beside} - {"label", "caption"}):
+            made_from["beside"] = more
         with locked(directory.with_name(f".{directory.name}.lock"), wait=True) as alone:
             if alone:
                 remove_leftovers(directory)
@@ -129,9 +124,8 @@ class LatentCache:
                 problem = problem or _differences(manifest["made_from"], made_from)
                 if not problem:
                     return cls(directory, manifest)
-                count = counted(len(dataset), "image")
-                logger.info("encoding %s into %s: %s", count, directory, problem)
-                tell_other_caches(directory, made_from["images"])
+                logger.info("encoding %s into %s: %s", counted(len(dataset), "image"), directory, problem)
+                _tell_other_caches(directory, made_from["images"])
             batches = SequentialBatches(len(dataset), batch_size)
             loader = make_loader(dataset, batches, num_workers, pin_memory=False)
             with whole_folder(directory) as folder:
@@ -154,12 +148,8 @@ class LatentCache:
     def read(
         self, indices: np.ndarray, mirrored: np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and std, float32 (B, c, h, w) each.
-
-        Args:
-            indices: int (B,) in [0, len).
-            mirrored: bool (B,), which are wanted mirrored; only a cache with `flips` has them.
-        """
+        """Posterior mean and std, float32 (B, c, h, w) each, of `indices` (B,); `mirrored`, bool (B,), says
+        which are wanted mirrored, and only a cache with `flips` has them."""
         indices = np.asarray(indices, dtype=np.int64)
         mirrored = np.zeros(len(indices), dtype=bool) if mirrored is None else mirrored
         if mirrored.any() and not self.flips:
@@ -187,21 +177,19 @@ class LatentCache:
         return LatentDataset(self)
 
 
-class LatentDataset(Dataset):
-    """Samples of a cache: dict(mean, std, label, index, position) and "caption" where the images have one.
+class LatentDataset(AddressedDataset):
+    """Samples of a cache: dict(mean, std, index, position), and what the cache has beside the latents.
 
-    Asked like an `ImageDataset`: by (index, position), where the flip is the pure function of (seed,
-    position) that the images use, or by index for the plain view. mean and std are float32 (c, h, w). Batches
-    are read at once.
+    The flip is the pure function of (seed, position) that the images use. mean and std are float32 (c, h, w).
+    Batches are read at once.
     """
 
     in_memory = True  # as good as: the system keeps the mapped files in memory
 
     def __init__(self, cache: LatentCache):
         self.cache = cache
-        self.seed = 0
         self.classes = cache.classes
-        self.labels = cache.labels
+        self.labels = cache.beside.get("label")
         self.flip = cache.flips
 
     def __len__(self) -> int:
@@ -212,14 +200,6 @@ class LatentDataset(Dataset):
         """What a sample takes on its way out of a worker process: mean and std."""
         return 2 * math.prod(self.cache.shape) * torch.float32.itemsize
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes) if self.classes else 0
-
-    def set_seed(self, seed: int) -> None:
-        """Choose the flips of a run."""
-        self.seed = check_seed(seed)
-
     def fingerprint(self) -> str:
         return self.cache.fingerprint
 
@@ -228,29 +208,38 @@ class LatentDataset(Dataset):
 
     def __getitems__(self, entries: list[Entry]) -> dict:
         indices, positions = parse_entries(entries, len(self))
-        mirrored = flip_mask(self.seed, positions) if self.flip else None
-        mean, std = self.cache.read(indices, mirrored)
+        mean, std = self.cache.read(indices, flip_mask(self.seed, positions) if self.flip else None)
         batch = {"mean": mean, "std": std}
         batch |= {"index": torch.from_numpy(indices), "position": torch.from_numpy(positions)}
-        if self.labels is not None:
-            batch["label"] = torch.from_numpy(self.labels[indices])
-        if self.cache.captions is not None:
-            batch["caption"] = [self.cache.captions[int(index)] for index in indices]
+        for key, values in self.cache.beside.items():
+            if isinstance(values, StringTable):
+                batch[key] = [values[int(index)] for index in indices]
+            else:
+                batch[key] = torch.from_numpy(values[indices])
         return batch
+
+
+def _beside_of(manifest: dict) -> dict[str, str]:
+    """File names by key; caches of the first versions had two fixed ones."""
+    if "beside" in manifest:
+        return manifest["beside"]
+    old = {"label": ("has_labels", "labels.npy"), "caption": ("has_captions", "captions.npz")}
+    return {key: name for key, (flag, name) in old.items() if manifest[flag]}
+
+
+def _load_beside(path: Path) -> np.ndarray | StringTable:
+    return StringTable.load(path) if path.suffix == ".npz" else np.load(path)
 
 
 def _check_request(dataset: Dataset, first_stage: str, dtype: str, shard_bytes: int) -> None:
     if getattr(dataset, "crop", "center") == "random":
         raise ValueError(
-            'random crops cannot be cached, each is seen once: set crop="center", '
-            "or cache=false to encode on the fly"
+            'random crops cannot be cached, each is seen once: set crop="center", or cache=false'
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype of a latent cache must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype of a latent cache must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if not isinstance(first_stage, str) or not first_stage:
-        raise ValueError(
-            f"first_stage must be the encoder's fingerprint, a non-empty string, got {first_stage!r}"
-        )
+        raise ValueError(f"first_stage must be the encoder's fingerprint, got {first_stage!r}")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
     if len(dataset) == 0:
@@ -261,9 +250,7 @@ def _refuse_foreign(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"{directory} is a file: a latent cache is a folder")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
-        raise ValueError(
-            f"{directory} holds files but is no latent cache; it will not be replaced. Name another folder."
-        )
+        raise ValueError(f"{directory} holds files but is no latent cache; it will not be replaced")
 
 
 def _read_manifest(directory: Path) -> tuple[dict, str]:
@@ -277,12 +264,9 @@ def _read_manifest(directory: Path) -> tuple[dict, str]:
             return {}, "it was made by another version"
         for name, size in manifest["files"].items():
             file = directory / name
-            actual = file.stat().st_size if file.is_file() else None
-            if actual != size:
-                return (
-                    {},
-                    f"{name} is damaged ({'missing' if actual is None else actual} instead of {size} bytes)",
-                )
+            found = file.stat().st_size if file.is_file() else "missing"
+            if found != size:
+                return {}, f"{name} is damaged ({found} instead of {size} bytes)"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
     return manifest, ""
@@ -290,7 +274,34 @@ def _read_manifest(directory: Path) -> tuple[dict, str]:
 
 def _differences(old: dict, new: dict) -> str:
     words = {"images": "the images or how they are cropped", "first_stage": "the first stage"}
-    changed = [
-        words.get(key, f"{key} ({old.get(key)} -> {new[key]})") for key in new if old.get(key) != new[key]
-    ]
+    keys = [key for key in new if old.get(key) != new[key]]
+    changed = [words.get(key, f"{key} ({old.get(key)} -> {new[key]})") for key in keys]
     return f"changed since the last time: {', '.join(changed)}" if changed else ""
+
+
+def other_caches(directory: Path, images: str) -> dict[Path, int]:
+    """Folders beside `directory` with latents of the data set of this fingerprint, and their bytes."""
+    found = {}
+    for file in sorted(directory.parent.glob(f"*/{MANIFEST}")):
+        if file.parent == directory:
+            continue
+        try:
+            manifest = json.loads(file.read_text())
+            if manifest["made_from"]["images"] == images:
+                found[file.parent] = sum(manifest["files"].values()) + file.stat().st_size
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # damaged, or something else by that name
+    return found
+
+
+def _tell_other_caches(directory: Path, images: str) -> None:
+    """One line about what older caches of the same images take; nothing is deleted."""
+    if found := other_caches(directory, images):
+        logger.info(
+            "older latents of these images, by other first stages or settings, take %.2f GB in %s under %s "
+            "(%s): delete what no run needs any more",
+            sum(found.values()) / 1e9,
+            counted(len(found), "folder"),
+            directory.parent,
+            some([path.name for path in found]),
+        )

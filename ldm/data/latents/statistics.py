@@ -1,6 +1,6 @@
-"""Per-channel mean and standard deviation of latents, in one pass."""
+"""One pass of a first stage over a dataset, and the mean and spread of the latents that it gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -9,10 +9,9 @@ from torch.utils.data import Dataset
 from ldm.data.loading.loader import make_loader
 from ldm.data.loading.order import SequentialBatches, permuted
 
-# images (B, C, H, W) in [-1, 1] -> mean and std of their latents (B, c, h, w); std may be None for "no
-# spread".
+# images (B, C, H, W) in [-1, 1] -> mean and std of their latents (B, c, h, w); std None for "no spread".
 MomentsFn = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # images done, images in all
 
 
 class ChannelStatistics:
@@ -25,25 +24,19 @@ class ChannelStatistics:
 
     def __init__(self) -> None:
         self.count = 0  # values a channel
-        self._mean = self._m2 = self._spread = torch.zeros(0, dtype=torch.float64)  # (c,)
+        self._mean = self._m2 = self._spread = torch.zeros((), dtype=torch.float64)  # (c,) from the first on
 
     def update(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
         """Add a batch of posterior means and standard deviations (B, c, ...)."""
-        values = mean.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)  # (c, B * positions)
-        count = values.shape[1]
+        values = _by_channel(mean)
+        count, total = values.shape[1], self.count + values.shape[1]
         batch_mean = values.mean(1)
         batch_m2 = (values - batch_mean[:, None]).square().sum(1)
-        spread = torch.zeros_like(batch_mean)
-        if std is not None:
-            spread = std.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1).square().sum(1)
-        if self.count == 0:
-            self.count, self._mean, self._m2, self._spread = count, batch_mean, batch_m2, spread
-            return
-        total = self.count + count
         delta = batch_mean - self._mean
         self._mean = self._mean + delta * (count / total)
         self._m2 = self._m2 + batch_m2 + delta.square() * (self.count * count / total)
-        self._spread = self._spread + spread
+        if std is not None:
+            self._spread = self._spread + _by_channel(std).square().sum(1)
         self.count = total
 
     @property
@@ -63,6 +56,46 @@ class ChannelStatistics:
             raise ValueError("no latents have been counted")
 
 
+def _by_channel(values: torch.Tensor) -> torch.Tensor:
+    """(B, c, ...) -> float64 (c, B * positions) on the CPU."""
+    return values.detach().to("cpu", torch.float64).transpose(0, 1).flatten(1)
+
+
+def encoded(
+    batches: Iterable[dict], moments_fn: MomentsFn, count: int, flips: bool, progress: Progress | None
+) -> Iterator[tuple[dict, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Each batch, with `_moments` of its images and, with `flips`, of their mirror images."""
+    done = 0
+    for batch in batches:
+        images = batch["image"]
+        views = [images, images.flip(-1)] if flips else [images]
+        indices = batch.get("index", torch.arange(done, done + len(images)))
+        yield batch, [_moments(moments_fn, view, indices) for view in views]
+        done += len(images)
+        if progress is not None:
+            progress(done, count)
+
+
+def _moments(
+    moments_fn: MomentsFn, images: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std, float32 (B, c, h, w) on the CPU; a std of None is 0."""
+    mean, std = moments_fn(images)
+    mean = mean.detach().float().cpu()
+    std = torch.zeros_like(mean) if std is None else std.detach().float().cpu()
+    if len(mean) != len(images) or std.shape != mean.shape:
+        raise ValueError(
+            f"moments_fn gave mean {tuple(mean.shape)} and std {tuple(std.shape)} for {len(images)} images: "
+            "both must be (B, c, h, w)"
+        )
+    bad = ~(mean.isfinite() & std.isfinite()).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(
+            f"the first stage gave latents that are not finite for images {indices[bad].tolist()}"
+        )
+    return mean, std
+
+
 def measure_latents(
     dataset: Dataset,
     moments_fn: MomentsFn,
@@ -75,23 +108,18 @@ def measure_latents(
 
     Args:
         dataset: samples have an "image".
-        moments_fn: see `MomentsFn`; called with float32 images on the CPU.
+        moments_fn: called with float32 images on the CPU.
         samples: how many images to look at, spread evenly over the set; None for all.
-        progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: no images, or latents that are not finite.
     """
     count = len(dataset) if samples is None else min(samples, len(dataset))
     if count < 1:
-        raise ValueError(
-            f"measuring latents needs at least one image, got samples={samples} of {len(dataset)}"
-        )
-    chosen = permuted(np.arange(count), len(dataset), 0, 0)
+        raise ValueError(f"measuring needs at least one image, got samples={samples} of {len(dataset)}")
+    chosen = np.sort(permuted(np.arange(count), len(dataset), 0, 0))
+    loader = make_loader(dataset, SequentialBatches(chosen, batch_size), num_workers, pin_memory=False)
     statistics = ChannelStatistics()
-    done = 0
-    for batch in make_loader(
-        dataset, SequentialBatches(np.sort(chosen), batch_size), num_workers, pin_memory=False
-    ):
-        statistics.update(*moments_fn(batch["image"]))
-        done += len(batch["image"])
-        if progress is not None:
-            progress(done, count)
+    for _, ((mean, std),) in encoded(loader, moments_fn, count, False, progress):
+        statistics.update(mean, std)
     return statistics

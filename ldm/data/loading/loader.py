@@ -1,23 +1,37 @@
-"""The DataLoader that suits the machine."""
+"""The DataLoader that suits the machine: how many workers, how they start, what fits into shared memory."""
 
-import contextlib
+import logging
 import multiprocessing
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldm.data.loading.shared_memory import batch_bytes, warn_unless_fitting, workers_that_fit
-from ldm.data.loading.transport import WorkerSide, as_it_is, open_parcel
-from ldm.data.loading.waiting import LOOK_AFTER, received
+from ldm.data.loading.workers import (
+    LOOK_AFTER,
+    MORE,
+    SHARED_MEMORY,
+    WorkerSide,
+    WorkersLoader,
+    as_it_is,
+    free_bytes,
+    megabytes,
+    start_worker,
+)
+from ldm.wording import counted
+
+logger = logging.getLogger(__name__)
 
 _MAX_WORKERS = 8
-_LAST_SECONDS = 30  # that a worker lives on after a SIGTERM, unless it is ended in the ordinary way before
+_SMALL_TENSORS = 16 << 10  # index, position and label of a batch take a page each
+_IN_HAND = 2  # batches that have arrived and are being copied
+_SHARE = 2  # "auto" takes at most this part of the free shared memory: validation comes beside training
+
+_told: set[str] = set()
 
 
 def available_cpus() -> int:
@@ -38,16 +52,13 @@ def worker_count(dataset: Dataset, ranks_on_node: int | None = None) -> int:
     None for data that lies in memory: handing it over costs more than making it. Otherwise this rank's share
     of the cores, at most 8: all but one when a GPU does the training, half of them when the cores do.
 
-    Args:
-        dataset: one with `in_memory` true needs no workers.
-        ranks_on_node: training processes on this machine; None asks LOCAL_WORLD_SIZE, else takes 1.
+    `ranks_on_node`: training processes on this machine; None asks LOCAL_WORLD_SIZE, else takes 1.
     """
     if getattr(dataset, "in_memory", False):
         return 0
     cores = available_cpus() // _ranks(ranks_on_node)
-    share = cores - 1 if torch.cuda.is_available() else cores // 2
-    if torch.cuda.is_available():
-        share = max(share, 1)  # even a shared core reads while the GPU computes
+    # Beside a GPU at least one: even a shared core reads while it computes.
+    share = max(cores - 1, 1) if torch.cuda.is_available() else cores // 2
     return min(share, _MAX_WORKERS)
 
 
@@ -68,6 +79,54 @@ def start_method() -> str | None:
     return "forkserver" if torch.cuda.is_initialized() or threading.active_count() > 1 else "fork"
 
 
+def batch_bytes(dataset: Dataset, batch_sampler: Sampler) -> int:
+    """What a batch takes on its way out of a worker; 0 for data sets that do not say what a sample takes."""
+    sample = getattr(dataset, "sample_bytes", 0)
+    size = getattr(batch_sampler, "batch_size", 0) // getattr(batch_sampler, "world_size", 1)
+    return sample * size + _SMALL_TENSORS if sample and size else 0
+
+
+def needed_bytes(batch: int, workers: int, prefetch: int) -> int:
+    """Most that is in use at once."""
+    return batch * (workers * prefetch + _IN_HAND)
+
+
+def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int) -> int:
+    """At most `workers`, so many that their batches take no more than half of what a process has; says so
+    once where these are fewer."""
+    free = free_bytes()
+    if not workers or not batch or free is None:
+        return workers
+    room = free // ranks // _SHARE
+    fit = max(0, min(workers, (room // batch - _IN_HAND) // prefetch))
+    if fit < workers:
+        _tell_once(
+            "fewer",
+            f"{fit} instead of {workers} worker processes read images: all would take up to "
+            f"{megabytes(ranks * needed_bytes(batch, workers, prefetch))} of shared memory, as much again in "
+            f"validation, and {SHARED_MEMORY} has {megabytes(free)} free; {MORE}",
+        )
+    return fit
+
+
+def _warn_unless_fitting(workers: int, batch: int, prefetch: int, ranks: int) -> None:
+    """Say once that a number of workers that somebody asked for needs more than there is."""
+    free, needed = free_bytes(), ranks * needed_bytes(batch, workers, prefetch)
+    if workers and batch and free is not None and needed > free:
+        _tell_once(
+            "asked",
+            f"{counted(workers, 'worker process', 'worker processes')} may need {megabytes(needed)} of "
+            f"shared memory, {SHARED_MEMORY} has {megabytes(free)} free, and the run stops without room; "
+            f"training.workers=0 (--workers 0) works without it; {MORE}",
+        )
+
+
+def _tell_once(topic: str, text: str) -> None:
+    if topic not in _told:
+        _told.add(topic)
+        logger.warning("%s", text)
+
+
 def collate(samples: dict | list[dict]) -> dict:
     """A batch of samples: tensors stacked along a new first axis, anything else as a list.
 
@@ -75,36 +134,8 @@ def collate(samples: dict | list[dict]) -> dict:
     """
     if isinstance(samples, dict):
         return samples
-    return {
-        key: torch.stack([sample[key] for sample in samples])
-        if isinstance(value, torch.Tensor)
-        else [sample[key] for sample in samples]
-        for key, value in samples[0].items()
-    }
-
-
-def _start_worker(worker_id: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
-    if hasattr(signal, "alarm"):
-        # SIGTERM to all processes of a job is for the main one too; it needs its workers to finish its step.
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
-
-
-class _WorkersLoader(DataLoader):
-    """A DataLoader over a `WorkerSide`: its batches are unpacked here, its errors are raised here."""
-
-    def __iter__(self) -> Iterator[dict]:
-        try:
-            for parcel in received(super().__iter__()):
-                yield open_parcel(parcel)
-        except Exception:
-            # The error's traceback holds this loader: without a word its workers would stay until the end.
-            if self._iterator is not None:
-                with contextlib.suppress(RuntimeError):  # one of them may be dead, which torch raises again
-                    self._iterator._shutdown_workers()
-                self._iterator = None
-            raise
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return {k: torch.stack(v) if isinstance(v[0], torch.Tensor) else v for k, v in batch.items()}
 
 
 def make_loader(
@@ -119,25 +150,21 @@ def make_loader(
 ) -> DataLoader:
     """A DataLoader over batches of entries; what it yields does not depend on the number of workers.
 
-    Workers hand images over as uint8 where the data set can (`compact`), and "auto" takes no more of them
-    than the shared memory has room for; see `ldm.data.loading.shared_memory`, `transport` and `waiting`.
+    Workers hand images over as uint8 where the data set can (`compact`).
 
     Args:
         dataset: map-style; one of this package's, or anything whose samples are dicts.
         batch_sampler: yields lists of entries, for instance a `PositionSampler`.
-        num_workers: worker processes, or "auto" (see `worker_count`).
+        num_workers: worker processes, or "auto" (`worker_count`, as far as shared memory has room).
         pin_memory: page-locked batches for fast copies to a GPU; "auto" when there is one.
         multiprocessing_context: "fork", "spawn", "forkserver", None (Python's default) or "auto"
             (`start_method`).
         prefetch: batches that each worker keeps ready.
-        ranks_on_node: training processes on this machine, for "auto".
+        ranks_on_node: training processes on this machine, see `worker_count`.
         collate_fn: makes a batch of a list of samples.
 
     Raises:
-        ValueError: num_workers is neither "auto" nor a count.
-
-    Iterating raises, besides what the data set does:
-        SharedMemoryFull, LostWorker: (OSErrors) see there.
+        ValueError: num_workers is neither "auto" nor a count. Iterating raises as `WorkersLoader` does.
     """
     compact = hasattr(dataset, "compact") and collate_fn is collate
     batch, ranks = batch_bytes(dataset, batch_sampler), _ranks(ranks_on_node)
@@ -146,29 +173,27 @@ def make_loader(
     elif isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f'num_workers must be "auto" or a count of processes, got {num_workers!r}')
     else:
-        warn_unless_fitting(num_workers, batch, prefetch, ranks)
-    workers: dict = {}
-    if num_workers:
-        dataset, collate_fn = WorkerSide(dataset, collate_fn, compact), as_it_is
-        method = start_method() if multiprocessing_context == "auto" else multiprocessing_context
-        context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(["ldm.data"])
-        workers = dict(
-            multiprocessing_context=context,
-            worker_init_fn=_start_worker,
-            persistent_workers=True,
-            prefetch_factor=prefetch,
-            timeout=LOOK_AFTER,
-        )
-    return (_WorkersLoader if num_workers else DataLoader)(
-        dataset,
+        _warn_unless_fitting(num_workers, batch, prefetch, ranks)
+    options = dict(
         batch_sampler=batch_sampler,
-        num_workers=num_workers,
-        collate_fn=collate_fn,
         pin_memory=torch.cuda.is_available() if pin_memory == "auto" else pin_memory,
-        # Starting an iteration draws a seed for the workers; a generator of its own leaves the global one
-        # alone.
+        # Starting an iteration draws a seed for the workers; a generator of its own leaves the global one be.
         generator=torch.Generator().manual_seed(0),
-        **workers,
+    )
+    if not num_workers:
+        return DataLoader(dataset, collate_fn=collate_fn, **options)
+    method = start_method() if multiprocessing_context == "auto" else multiprocessing_context
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["ldm.data"])
+    return WorkersLoader(
+        WorkerSide(dataset, collate_fn, compact),
+        collate_fn=as_it_is,
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        worker_init_fn=start_worker,
+        persistent_workers=True,
+        prefetch_factor=prefetch,
+        timeout=LOOK_AFTER,
+        **options,
     )

@@ -1,17 +1,66 @@
-"""The order of samples as a pure function of (seed, epoch, position): one integer resumes it."""
+"""What is computed instead of drawn: the order of samples, their flips and crops.
 
+A number is a hash of its address, such as (seed, stream, position of the sample in the run), so one integer
+resumes a run. The mixer is the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
+number generators", OOPSLA 2014, with Stafford's constants); on whole numpy arrays a batch costs as much as a
+sample.
+"""
+
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from ldm.data.loading.hashing import check_seed, hash64, mix64
-
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Half-rounds of the Feistel network. Four hide the order when the halves are large (Luby and Rackoff 1988);
 # the halves of a few samples are so small that they need many more before every index is as likely in every
 # place.
 _HALF_ROUNDS, _HALF_ROUNDS_SMALL, _SMALL = 8, 24, 10_000
-_BLOCK = 8192  # samples whose order is computed at once
+_BLOCK = 8192  # samples whose order is computed at once: numpy's calls cost more than a few numbers
+
+
+def check_seed(seed: int) -> int:
+    """`seed` as an int in [0, 2^63); ValueError otherwise."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer in [0, 2^63), got {seed!r}")
+    return int(seed)
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 in which every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash64(seed: int, stream: str, *values: np.ndarray | int) -> np.ndarray:
+    """uint64 hash of (seed, stream name, values...); the values broadcast against each other.
+
+    Different streams give unrelated numbers; negative values wrap into 64 bits.
+    """
+    tag = zlib.crc32(stream.encode())
+    # Of shape (1,): arrays wrap silently, scalars would warn.
+    first, second = np.array([[(seed + (tag << 32)) % 2**64], [tag]], dtype=np.uint64)
+    state = mix64(mix64(first + _GOLDEN) ^ second)
+    for value in values:
+        word = np.atleast_1d(np.asarray(value)).astype(np.int64).view(np.uint64)
+        state = mix64(state ^ mix64(word + _GOLDEN))
+    return state
+
+
+def uniform01(seed: int, stream: str, *values: np.ndarray | int) -> np.ndarray:
+    """float64 numbers in [0, 1) with 53 random bits, addressed like `hash64`."""
+    return (hash64(seed, stream, *values) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def flip_mask(seed: int, positions: np.ndarray) -> np.ndarray:
+    """Which samples are mirrored: bool, a fair coin per position; position < 0 (the plain view) never is.
+
+    Images and cached latents ask the same function, so both kinds of training see the same flips.
+    """
+    return (hash64(seed, "flip", positions) >> np.uint64(63)).astype(bool) & (positions >= 0)
 
 
 def permuted(slots: np.ndarray, num_samples: int, seed: int, epochs: np.ndarray | int) -> np.ndarray:
@@ -22,8 +71,7 @@ def permuted(slots: np.ndarray, num_samples: int, seed: int, epochs: np.ndarray 
     so any slot of any epoch costs the same few multiplications, whatever the size of the dataset.
 
     Args:
-        slots: integers in [0, num_samples), any shape (B,).
-        num_samples: size of the permuted set, at least 1.
+        slots: integers (B,) in [0, num_samples).
         seed: which family of permutations.
         epochs: which permutation of the family; one number or an array (B,).
 
@@ -31,8 +79,6 @@ def permuted(slots: np.ndarray, num_samples: int, seed: int, epochs: np.ndarray 
         int64 (B,).
     """
     slots = np.asarray(slots, dtype=np.int64)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     if slots.size and not (slots.min() >= 0 and slots.max() < num_samples):
         raise ValueError(f"slots must lie in [0, {num_samples})")
     a = int(np.ceil(np.sqrt(num_samples)))
@@ -59,6 +105,7 @@ def _round(key: np.ndarray, half: np.ndarray, modulus: int) -> np.ndarray:
     return (mix64(key ^ half.view(np.uint64)) % np.uint64(modulus)).astype(np.int64)
 
 
+@dataclass(eq=False)
 class PositionSampler(Sampler):
     """Batch sampler: for each step, this rank's list of (index, position).
 
@@ -80,47 +127,37 @@ class PositionSampler(Sampler):
         ValueError: an argument out of range, or batch_size no multiple of world_size.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        seed: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        steps: int | None = None,
-    ):
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}: the dataset is empty")
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size), got rank {rank} of world_size {world_size}")
-        if batch_size < 1 or batch_size % world_size:
+    num_samples: int
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    start_step: int = 0
+    steps: int | None = None
+
+    def __post_init__(self):
+        batch, world = self.batch_size, self.world_size
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}: the dataset is empty")
+        if world < 1 or not 0 <= self.rank < world:
+            raise ValueError(f"rank must lie in [0, world_size), got rank {self.rank} of world_size {world}")
+        if batch < 1 or batch % world:
+            near = max(1, round(batch / world)) * world
             raise ValueError(
-                f"batch_size counts the samples of all processes together and must be a positive multiple of "
-                f"their number: {batch_size} over {world_size} processes (the nearest that fits is "
-                f"{max(1, round(batch_size / world_size)) * world_size})"
+                "batch_size must be a positive multiple of the number of processes: "
+                f"{batch} over {world} processes (the nearest that fits is {near})"
             )
-        if start_step < 0:
-            raise ValueError(f"start_step must not be negative, got {start_step}")
-        if steps is not None and steps < 0:
-            raise ValueError(f"steps must not be negative, got {steps}")
-        self.num_samples = num_samples
-        self.seed = check_seed(seed)
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start_step = start_step
-        self.steps = steps
+        for name in ("start_step", "steps"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self.seed = check_seed(self.seed)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """This rank's (index, position) pairs of one step, in O(batch) time and memory."""
         return self._batches(step, 1)[0]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        step = self.start_step
-        block = max(
-            1, _BLOCK // self.batch_size
-        )  # numpy calls on a few hundred numbers cost more than the numbers
+        step, block = self.start_step, max(1, _BLOCK // self.batch_size)
         while self.steps is None or step < self.steps:
             count = block if self.steps is None else min(block, self.steps - step)
             yield from self._batches(step, count)
@@ -129,12 +166,9 @@ class PositionSampler(Sampler):
     def _batches(self, step: int, count: int) -> list[list[tuple[int, int]]]:
         share = self.batch_size // self.world_size
         steps = np.arange(step, step + count, dtype=np.int64)[:, None]
-        positions = (steps * self.batch_size + self.rank * share + np.arange(share)).reshape(
-            -1
-        )  # (count * share,)
-        indices = permuted(
-            positions % self.num_samples, self.num_samples, self.seed, positions // self.num_samples
-        )
+        positions = (steps * self.batch_size + self.rank * share + np.arange(share)).reshape(-1)
+        epochs, slots = np.divmod(positions, self.num_samples)
+        indices = permuted(slots, self.num_samples, self.seed, epochs)
         pairs = list(zip(indices.tolist(), positions.tolist(), strict=True))
         return [pairs[i * share : (i + 1) * share] for i in range(count)]
 
@@ -145,12 +179,8 @@ class PositionSampler(Sampler):
 
 
 class SequentialBatches(Sampler):
-    """Batch sampler over the plain view: every index once, in order, as bare indices.
-
-    Args:
-        indices: number of samples, or the indices to visit.
-        batch_size: samples in a batch; the last may be smaller.
-    """
+    """Batch sampler over the plain view: the `indices`, or range(indices), in order; the last batch may be
+    smaller."""
 
     def __init__(self, indices: int | np.ndarray, batch_size: int):
         if batch_size < 1:

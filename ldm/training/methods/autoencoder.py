@@ -38,6 +38,7 @@ class AutoencoderMethod(Method):
     """
 
     Keys = AutoencoderKeys
+    offers = {"model": ["num_classes"], "loss": ["disc_num_classes"]}
     picture = "reconstruction"
     rests = True  # the discriminator before its start, and the autoencoder while it learns
 
@@ -52,9 +53,8 @@ class AutoencoderMethod(Method):
 
     @classmethod
     def build(cls, run: Run) -> "AutoencoderMethod":
-        for name in ("num_classes", "disc_num_classes"):
-            for part in ("model", "loss"):
-                run.provide(part, name, run.count_classes)
+        run.provide("model", "num_classes", run.count_classes)
+        run.provide("loss", "disc_num_classes", run.count_classes)
         if run.rehearsal:
             _without_published_weights(run)
         model, objective = map(channels_last, run.build("model", "loss"))

@@ -50,6 +50,7 @@ class ClassifierMethod(Method):
     """
 
     Keys = ClassifierKeys
+    offers = {"model": ["num_classes"]}
     shown = ("loss", "accuracy")
     picture = "mistakes"
 

@@ -84,6 +84,7 @@ class DiffusionMethod(Method):
 
     Keys = DiffusionKeys
     supplies = {"objective": ["denoiser"]}
+    offers = {"network": ["num_classes"], "conditioner*": ["num_classes"], "objective*": ["shift"]}
     picture = "samples"
 
     def __init__(self, run: Run, model: LatentDiffusion, objective: Objective, first_stage: FirstStage):
@@ -104,14 +105,14 @@ class DiffusionMethod(Method):
             said = ", ".join(lacks)
             log.warning("note: the first stage was trained with %s, which this config does not say", said)
         run.provide("network", "num_classes", lambda: run.count_classes() + _absent_rows(run))
-        run.provide("conditioner.params.embedders.*", "num_classes", run.count_classes)
+        run.provide("conditioner*", "num_classes", run.count_classes)
         network, denoiser, conditioner = run.build(*PARTS)
         size = [run.train.size, run.train.size]
         model = channels_last(LatentDiffusion(first_stage.model, network, denoiser, conditioner, size))
         if not run.holds_values:
             model.to(run.device)
         shift = resolution_shift(*model.latent_shape)
-        run.provide("objective.params.time", "shift", lambda: shift)
+        run.provide("objective*", "shift", lambda: shift)
         if keys.sampling.shift == "auto":
             keys.sampling = replace(keys.sampling, shift=shift)
         check_conditions(model.conditioner, run.train, keys.cached)

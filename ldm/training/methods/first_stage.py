@@ -81,7 +81,10 @@ class FirstStage:
         measured = None
         if run.keys.cached:
             names = ("train", "validation")
-            caches = [part and self._cache(run, part, name) for part, name in zip(parts, names, strict=True)]
+            beside = [key for e in model.conditioner.embedders for key in (e.key, *e.also)]
+            caches = [
+                part and self._cache(run, part, name, beside) for part, name in zip(parts, names, strict=True)
+            ]
             measured = caches[0].latent_mean, caches[0].latent_std
             parts = [cache and cache.dataset() for cache in caches]
             for part in filter(None, parts):
@@ -99,17 +102,19 @@ class FirstStage:
         mean, std = self.model.to(device).moments(images.to(device))
         return mean.float().cpu(), std.float().cpu()
 
-    def _cache(self, run: Run, dataset: Dataset, name: str) -> LatentCache:
+    def _cache(self, run: Run, dataset: Dataset, name: str, beside: list[str]) -> LatentCache:
         """The latents of a data set from disk, encoded now unless they are there."""
         keys, encoder = run.keys, self.fingerprint()
         flips = "-flips" if getattr(dataset, "flip", False) else ""
-        key = f"{dataset.fingerprint()[:12]}-{encoder[:12]}-{keys.cache_dtype}{flips}"
+        beside = sorted({*beside} & {*dataset[0]} - {"label", "caption"})
+        key = "-".join([dataset.fingerprint()[:12], encoder[:12], f"{keys.cache_dtype}{flips}", *beside])
         with image_progress(f"encoding the {name} images", keys.logging.progress) as progress:
             return LatentCache.build(
                 dataset,
                 lambda images: self._moments(run.device, images),
                 Path(keys.runs) / "latents" / key,
                 first_stage=encoder,
+                beside=beside,
                 dtype=keys.cache_dtype,
                 batch_size=_batch_size(run, dataset),
                 num_workers=keys.training.workers,

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.conditioning import Conditioner
-from ldm.data.latents.cache import BESIDE_LATENTS
 
 UNCONDITIONAL = "configs/diffusion/uncond-unet-f8.yaml"
 
@@ -89,7 +88,7 @@ def check_conditions(conditioner: Conditioner, train: Dataset, cached: bool) -> 
             "the conditioner reads labels, but the data has no classes (one subfolder a class makes them)"
         )
     for embedder in conditioner.embedders if cached else ():
-        if not {embedder.key, *embedder.also} & set(BESIDE_LATENTS):
+        if embedder.key == "image":
             raise ValueError(
                 f"the conditioner's {type(embedder).__name__} reads {embedder.key!r}, but cached latents are "
                 "without the images they were made from; set cache=false, which encodes every batch anew"

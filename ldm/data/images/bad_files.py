@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 from torch.utils.data import Dataset
 
-from ldm.data.images.decode import BadImageError, read_image
-from ldm.data.images.folder import ImageFolder
-from ldm.data.images.pixels import to_rgb
+from ldm.data.images.image_folder import ImageFolder
+from ldm.data.images.pixels import read_image, to_rgb
 from ldm.data.loading.loader import make_loader
 from ldm.data.loading.order import SequentialBatches
 
@@ -25,13 +23,9 @@ class _Check(Dataset):
     def __getitem__(self, index: int) -> BadFile | None:
         path = self.images.path(index)
         try:
-            decoded = read_image(path, max_pixels=self.images.max_pixels)
-        except BadImageError as error:
-            return BadFile(path, str(error).removeprefix(f"{path}: "))
-        try:
-            to_rgb(decoded.image, self.images.background)
+            to_rgb(read_image(path, max_pixels=self.images.max_pixels).image, self.images.background)
         except ValueError as error:
-            return BadFile(path, str(error))
+            return BadFile(path, str(error).removeprefix(f"{path}: "))
         return None
 
 
@@ -40,16 +34,13 @@ def verify(
 ) -> list[BadFile]:
     """Decode every file at full size and list those that cannot become a sample, empty ones first.
 
-    Args:
-        images: the folder, made with on_error="report" if it may hold empty files.
-        num_workers: as for `make_loader`.
-        progress: called with (files done, files in all) after every few files.
+    `images` is made with on_error="report" if it may hold empty files; `progress` is called with (files done,
+    files in all).
     """
     bad = [BadFile(path, "empty file (0 bytes)") for path in images.empty_files()]
-    batches = SequentialBatches(np.arange(len(images)), batch_size=16)
-    loader = make_loader(_Check(images), batches, num_workers, pin_memory=False, collate_fn=list)
+    batches = SequentialBatches(len(images), batch_size=16)
     done = 0
-    for found in loader:
+    for found in make_loader(_Check(images), batches, num_workers, pin_memory=False, collate_fn=list):
         bad += [entry for entry in found if entry is not None]
         done += len(found)
         if progress is not None:

@@ -9,11 +9,19 @@ import numpy as np
 import torch
 
 from ldm.data.images.dataset import Entry, ImageDataset, fingerprint_of, parse_entries
-from ldm.data.images.decode import MAX_PIXELS, BadImageError, read_image
-from ldm.data.images.pixels import cut_square, normalize_pixels, parse_background, square_box, to_pixels
-from ldm.data.images.scan import EXTENSIONS, Scan, assign_classes, scan_folder
-from ldm.data.loading.hashing import flip_mask, hash64, name_hash
-from ldm.data.loading.shared_memory import to_shared
+from ldm.data.images.pixels import (
+    MAX_PIXELS,
+    BadImageError,
+    cut_square,
+    normalize_pixels,
+    parse_background,
+    read_image,
+    square_box,
+    to_pixels,
+)
+from ldm.data.images.scan import EXTENSIONS, assign_classes, scan_folder
+from ldm.data.loading.order import flip_mask, hash64
+from ldm.data.loading.workers import to_shared
 from ldm.wording import counted, some
 
 logger = logging.getLogger(__name__)
@@ -22,8 +30,7 @@ _MAX_REPLACEMENTS = 20
 
 
 class ImageFolder(ImageDataset):
-    """All images under a folder, with one class a subfolder where it has subfolders. See `ImageDataset` for
-    samples.
+    """All images under a folder, with one class a subfolder; samples as in `ImageDataset`.
 
     Subfolders are read to any depth; the first part of the path names the class, classes are sorted by name.
     A folder that holds both loose images and subfolders with images is taken as one set without classes, with
@@ -37,19 +44,21 @@ class ImageFolder(ImageDataset):
     Args:
         root: the folder; `~` is understood.
         size: pixels of a side.
-        crop: "center" or "random" (see `images.square_box`); the plain view is always the centre.
+        crop: "center" or "random" (see `pixels.square_box`); the plain view is always the centre.
         crop_scale: least and largest share of the shorter side that a random crop keeps.
         flip: mirror half of the samples.
         background: what shows through transparent parts, three integers in 0..255 or a colour name.
         channels: 3, or 1 for grey.
         validation: share in [0, 1) or number of images that `split("validation")` gets. A file's part is a
-            function of its path below root, so adding files moves no other (with a share; with a number,
-            few).
+            function of its path below root, so adding files moves no other (with a number, few).
         layout: "auto", "flat" (no classes) or "classes".
-        on_error: what an unreadable file does: "raise" stops and names it; "report" names it once as a
-            warning, counts it, and takes another image in its place, the same one each time.
+        on_error: "raise" stops at an unreadable file; "report" warns of it once, counts it, and takes another
+            image in its place, the same one each time.
         max_pixels: refuse to decode larger images.
         extensions: endings of file names that are images.
+
+    Attributes:
+        scan: what the search of the folder found and left out.
 
     Raises:
         ValueError: on a missing or empty folder, a bad argument, or empty files with on_error="raise".
@@ -70,55 +79,52 @@ class ImageFolder(ImageDataset):
         max_pixels: int = MAX_PIXELS,
         extensions: tuple[str, ...] = EXTENSIONS,
     ):
-        _check_choice("crop", crop, ("center", "random"))
-        _check_choice("layout", layout, ("auto", "flat", "classes"))
-        _check_choice("on_error", on_error, ("raise", "report"))
+        # Bad arguments show before the folder is read.
+        for name, value, allowed in (
+            ("crop", crop, ("center", "random")),
+            ("layout", layout, ("auto", "flat", "classes")),
+            ("on_error", on_error, ("raise", "report")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale must be two shares with 0 < least <= largest <= 1, got {crop_scale!r}"
-            )
-        super().__init__(0, size, channels, flip, validation)  # bad arguments show before the folder is read
+            raise ValueError(f"crop_scale must be two shares, 0 < least <= largest <= 1, got {crop_scale!r}")
+        super().__init__(0, size, channels, flip, validation)
         self.crop = crop
         self.crop_scale = tuple(crop_scale)
         self.background = parse_background(background)
         self.on_error = on_error
         self.max_pixels = max_pixels
-        scan = scan_folder(os.fspath(root), extensions)
-        if scan.empty and on_error == "raise":
+        self.scan = scan_folder(os.fspath(root), extensions)
+        if self.scan.empty and on_error == "raise":
             raise ValueError(
-                f"{scan.root} has {counted(len(scan.empty), 'empty image file')} (0 bytes): "
-                f"{some(scan.empty)}. {_ways_out(scan.root)}"
+                f"{self.root} has {counted(len(self.scan.empty), 'empty image file')} (0 bytes): "
+                f"{some(self.scan.empty)}. {self._ways_out()}"
             )
-        self.classes, self._labels = assign_classes(scan, layout)
-        self.rows = np.arange(len(scan.paths))
-        self._scan = scan
+        self.classes, self._labels = assign_classes(self.scan, layout)
+        count = len(self.scan.paths)
+        self.rows = np.arange(count)
         # What is known about each file, shared with the worker processes: one byte, set and never cleared, so
         # that nobody has to lock.
-        self._bad = to_shared(torch.zeros(len(scan.paths), dtype=torch.uint8))
-        self._enlarged = to_shared(torch.zeros(len(scan.paths), dtype=torch.uint8))
-        logger.log(
-            logging.WARNING if scan.empty or scan.closed_folders else logging.INFO, "%s", self.summary()
-        )
+        self._bad = to_shared(torch.zeros(count, dtype=torch.uint8))
+        self._enlarged = to_shared(torch.zeros(count, dtype=torch.uint8))
+        left_out = self.scan.empty or self.scan.closed_folders
+        logger.log(logging.WARNING if left_out else logging.INFO, "%s", self.summary())
 
     @property
     def root(self) -> str:
-        return self._scan.root
-
-    @property
-    def scan(self) -> Scan:
-        """What the search of the folder found and left out."""
-        return self._scan
+        return self.scan.root
 
     def path(self, index: int) -> str:
         """The file of a sample."""
         return self._full_path(int(self.rows[index]))
 
     def _full_path(self, row: int) -> str:
-        return os.path.join(self.root, *self._scan.paths[row].split("/"))
+        return self.scan.full(self.scan.paths[row])
 
     def empty_files(self) -> list[str]:
         """Image files of zero bytes; they are not among the samples."""
-        return [os.path.join(self.root, *path.split("/")) for path in self._scan.empty]
+        return [self.scan.full(path) for path in self.scan.empty]
 
     def bad_files(self) -> list[str]:
         """Files that turned out unreadable so far, in all worker processes and parts, empty ones included."""
@@ -137,7 +143,7 @@ class ImageFolder(ImageDataset):
             text += f" for {self.part}"
         if self.classes:
             text += f" in {counted(len(self.classes), 'class', 'classes')} ({some(self.classes)})"
-        if ignored := self._scan.ignored():
+        if ignored := self.scan.ignored():
             text += f"; ignored {ignored}"
         if bad := self.bad_files():
             text += f"; {len(bad)} unreadable ({some(bad)})"
@@ -146,7 +152,6 @@ class ImageFolder(ImageDataset):
         return text
 
     def fingerprint(self) -> str:
-        paths = self._scan.paths
         options = {
             "kind": "ImageFolder",
             "version": 1,
@@ -157,13 +162,11 @@ class ImageFolder(ImageDataset):
             "background": self.background,
             "classes": [os.fsencode(name).hex() for name in self.classes] if self.classes else None,
         }
-        return fingerprint_of(
-            options, paths.buffer, paths.offsets, self._scan.sizes, self._scan.mtimes, self.rows
-        )
+        paths, sizes, mtimes = self.scan.paths, self.scan.sizes, self.scan.mtimes
+        return fingerprint_of(options, paths.buffer, paths.offsets, sizes, mtimes, self.rows)
 
     def _split_hashes(self) -> np.ndarray:
-        paths = self._scan.paths
-        return np.array([name_hash(paths.bytes_at(i)) for i in range(len(paths))], dtype=np.uint64)
+        return self.scan.paths.hashes()
 
     @property
     def sample_bytes(self) -> int:
@@ -176,8 +179,8 @@ class ImageFolder(ImageDataset):
     def compact(self, entry: Entry) -> dict[str, torch.Tensor]:
         """A sample whose image is uint8 (C, H, W), a quarter of the bytes; see `normalize_pixels`."""
         indices, positions = parse_entries([entry], len(self))
-        index, position = int(indices[0]), int(positions[0])
-        image, index = self._pixels_or_replacement(index, position)
+        position = int(positions[0])
+        image, index = self._pixels_or_replacement(int(indices[0]), position)
         if self.flip and flip_mask(self.seed, positions)[0]:
             image = image.flip(-1)
         sample = {"image": image, "index": torch.tensor(index), "position": torch.tensor(position)}
@@ -193,7 +196,7 @@ class ImageFolder(ImageDataset):
                 return self._pixels(row, position), index
             except BadImageError as error:
                 if self.on_error == "raise":
-                    raise BadImageError(f"{error}. {_ways_out(self.root)}") from error
+                    raise BadImageError(f"{error}. {self._ways_out()}") from error
                 self._report_bad(row, error)
             index = int(hash64(0, "replacement", first, attempt)[0] % np.uint64(len(self)))
         raise BadImageError(
@@ -230,14 +233,8 @@ class ImageFolder(ImageDataset):
             )
         self._enlarged[row] = 1
 
-
-def _ways_out(root: str) -> str:
-    return (
-        f"`ldm verify {shlex.quote(root)}` lists all such files; data.params.on_error=report goes on without "
-        "them"
-    )
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    def _ways_out(self) -> str:
+        return (
+            f"`ldm verify {shlex.quote(self.root)}` lists all such files; "
+            "data.params.on_error=report goes on without them"
+        )

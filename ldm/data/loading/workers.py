@@ -1,0 +1,244 @@
+"""How worker processes hand over batches: small, in memory that is surely there, errors as they were raised;
+and how the main process waits for workers that may have died or may be stuck."""
+
+import contextlib
+import logging
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.images.pixels import BadImageError, normalize_pixels
+
+logger = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")
+MORE = "docker run --shm-size=2g or --ipc=host gives a container more"
+LOOK_AFTER = 30  # seconds between two looks at whether the workers still live
+_GIVE_UP_AFTER = 1800  # seconds without a batch; a slow disk has minutes
+_LAST_SECONDS = 30  # that a worker lives on after a SIGTERM, unless it is ended in the ordinary way before
+
+_DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is killed by signal: ([^.]+)\.|exited)")
+_END = object()
+
+
+class SharedMemoryFull(OSError):
+    """There is no room to hand over a batch."""
+
+
+class LostWorker(ChildProcessError):
+    """A worker process has ended, or does not answer."""
+
+
+# In shared memory
+
+
+def free_bytes() -> int | None:
+    """What is free of the shared memory; None where the system sets no limit of its own to it."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def to_shared(tensor: torch.Tensor) -> torch.Tensor:
+    """Move a tensor into shared memory.
+
+    Workers do it here rather than leave it to their queue, whose thread would drop a batch that finds no room
+    and let the main process wait for it for ever.
+
+    Raises:
+        SharedMemoryFull: there is no room.
+    """
+    if not tensor.numel():
+        return tensor
+    try:
+        return tensor.contiguous().share_memory_()
+    except RuntimeError as error:
+        if "unable to" not in str(error):  # allocate, resize or write the file that it is
+            raise
+        free = free_bytes()
+        has = "" if free is None else f", with {megabytes(free)} free,"
+        raise SharedMemoryFull(
+            f"the shared memory ({SHARED_MEMORY}){has} has no room for {megabytes(tensor.nbytes)} that a "
+            f"worker hands over; training.workers=0 (--workers 0) works without such processes; {MORE}"
+        ) from error
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """`value` with a function applied to each tensor in its dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+class Parcel:
+    """A batch in shared memory; where `compact`, its "image" is still uint8, a quarter of the bytes."""
+
+    def __init__(self, batch: Any, compact: bool):
+        self.batch, self.compact = batch, compact
+
+    def unpack(self) -> Any:
+        """The batch in this process's own memory: what lies in the shared one is freed with the parcel."""
+        if not self.compact:
+            return map_tensors(torch.clone, self.batch)
+        images = normalize_pixels(self.batch["image"])
+        return {
+            key: images if key == "image" else map_tensors(torch.clone, value)
+            for key, value in self.batch.items()
+        }
+
+    def pin_memory(self) -> Any:
+        """For the DataLoader's pinning thread, which knows this name; it does the unpacking, too."""
+        return map_tensors(torch.Tensor.pin_memory, self.unpack())
+
+
+# In a worker process
+
+
+def start_worker(worker_id: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+    if hasattr(signal, "alarm"):
+        # SIGTERM to all processes of a job is for the main one too; it needs its workers to finish its step.
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
+
+
+class WorkerSide(Dataset):
+    """What a worker process has of a data set: it makes whole batches, or hands over the error.
+
+    torch would send an error as a new one of the same class whose message is the traceback. That is right for
+    a bug, and hides what a bad file or a full disk means. With `compact`, samples come from the data set's
+    method of that name, which leaves images in uint8.
+    """
+
+    def __init__(self, dataset: Dataset, collate_fn: Callable, compact: bool):
+        self.dataset, self.collate_fn, self.compact = dataset, collate_fn, compact
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, entries: Sequence) -> Parcel | OSError | BadImageError:
+        try:
+            return Parcel(map_tensors(to_shared, self.collate_fn(self._samples(entries))), self.compact)
+        except (BadImageError, SharedMemoryFull) as error:
+            return error
+        except OSError as error:  # of a plain kind: one of its subclasses need not survive pickling
+            plain = (error.errno, error.strerror, error.filename) if error.errno else (str(error),)
+            return OSError(*plain)
+
+    def _samples(self, entries: Sequence) -> Any:
+        if self.compact:
+            return [self.dataset.compact(entry) for entry in entries]
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(entries)
+        return [self.dataset[entry] for entry in entries]
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
+
+
+# In the main process
+
+
+class WorkersLoader(DataLoader):
+    """A DataLoader over a `WorkerSide`, with the `timeout` `LOOK_AFTER`: batches are unpacked and errors
+    raised here.
+
+    Raises, besides what the data set does:
+        LostWorker: a worker has died, or no batch has come for half an hour.
+        SharedMemoryFull: see `to_shared`.
+    """
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            with clear_worker_errors():
+                batches = super().__iter__()
+                while (item := _next(batches)) is not _END:
+                    if isinstance(item, Exception):
+                        raise item
+                    # The pinning thread may have unpacked it.
+                    yield item.unpack() if isinstance(item, Parcel) else item
+        except Exception:
+            # The error's traceback holds this loader: without a word its workers would stay until the end.
+            if self._iterator is not None:
+                with contextlib.suppress(RuntimeError):  # one of them may be dead, which torch raises again
+                    self._iterator._shutdown_workers()
+                self._iterator = None
+            raise
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    began, told = time.monotonic(), False
+    while True:
+        try:
+            return next(batches, _END)
+        except (EOFError, ConnectionError) as error:  # it died while a batch was being fetched
+            time.sleep(0.1)  # torch's signal handler may know how, and raises here
+            raise RuntimeError("DataLoader worker (pid(s) 0) exited unexpectedly") from error
+        except RuntimeError as error:  # after which the iterator goes on as if nothing had been
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+        waited = time.monotonic() - began
+        if waited >= _GIVE_UP_AFTER:
+            raise LostWorker(
+                f"no image has come from the worker processes for {waited / 60:.0f} minutes: is the disk or "
+                "the network stuck? training.workers=0 (--workers 0) reads without such processes"
+            )
+        if not told:
+            told = True
+            logger.warning("waiting for images for %.0f s now: the disk or the network is slow", waited)
+
+
+@contextlib.contextmanager
+def clear_worker_errors() -> Iterator[None]:
+    """Turn torch's words for a worker's death into one sentence.
+
+    A signal handler of torch's raises them wherever the main process is at that moment, so this belongs
+    around all that runs while workers do.
+
+    Raises:
+        LostWorker: a worker has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        deaths = [found for found in map(_DEATH.search, _texts(error)) if found]
+        if not deaths:
+            raise
+        signals = [death[1].lower() for death in deaths if death[1]]
+        cause = f" ({signals[0]})" if signals else ""
+        if "bus error" in cause:
+            advice = f"The shared memory is full: training.workers=0 (--workers 0) works without it; {MORE}"
+        else:
+            advice = (
+                "Mostly that is the system, out of memory (of the machine, its container or its job): fewer "
+                "of them (training.workers=N, --workers N) take less"
+            )
+        raise LostWorker(f"a worker process that reads images ended unexpectedly{cause}. {advice}") from error
+
+
+def _texts(error: BaseException | None) -> Iterator[str]:
+    """Messages of an error and of those that it came from; torch may hang the signal's to another."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
