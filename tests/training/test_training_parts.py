@@ -4,14 +4,12 @@ import dataclasses
 import math
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 import training_runs as T
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.training.ema import EMA
@@ -403,37 +401,6 @@ def test_batch_has_to_divide():
     problem = "batch_size 10 does not divide into 2 device(s) x 2 accumulation step(s); the nearest"
     with pytest.raises(ValueError, match=re.escape(problem)):
         check_batch(TrainingSettings(batch_size=10, accumulate=2), 2)
-
-
-TREE = {
-    "network": {"params": {"num_classes": "auto"}},
-    "other": {"params": {"num_classes": "auto"}},
-    "conditioner": {"params": {"embedders": [{"params": {"num_classes": "auto"}}, {"params": {"dim": 3}}]}},
-}
-
-
-def test_what_the_program_provides_is_filled_in_where_it_is_declared():
-    run = Run(OmegaConf.create(TREE), None, SimpleNamespace(classes=["cat", "dog", "fox"]), None, None)
-    run.provide("network", "num_classes", lambda: run.count_classes() + 1)
-    run.provide("conditioner.params.embedders.*", "num_classes", run.count_classes)
-    run.provide("absent.params.part", "num_classes", run.count_classes)
-    tree = OmegaConf.to_container(run.cfg)
-    assert tree["network"]["params"]["num_classes"] == 4
-    assert tree["conditioner"]["params"]["embedders"] == [
-        {"params": {"num_classes": 3}},
-        {"params": {"dim": 3}},
-    ]
-    assert tree["other"]["params"]["num_classes"] == "auto"
-    run.cfg.network.params.num_classes = 10
-    run.provide("network", "num_classes", run.count_classes)
-    assert run.cfg.network.params.num_classes == 10
-
-
-@pytest.mark.parametrize("classes", [None, []])
-def test_num_classes_auto_without_classes_is_an_error(classes):
-    run = Run(OmegaConf.create(TREE), None, SimpleNamespace(classes=classes), None, None)
-    with pytest.raises(ValueError, match="network.params.num_classes: auto: the data has no classes"):
-        run.provide("network", "num_classes", run.count_classes)
 
 
 # Progress
