@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 from ldm.data import SequentialBatches, make_loader
 from ldm.data.images.grid import image_grid, led_rows, pixel_grid, to_uint8
-from ldm.latent_diffusion import LatentDiffusion, sample
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.sampling import Sampling, sample
 from ldm.training.autoencoder import AutoencoderTask
 from ldm.training.conditions import misfits
 from ldm.training.diffusion import DiffusionTask
-from ldm.training.settings import SamplingSettings
 
 
 def spread(dataset: Dataset, count: int) -> dict:
@@ -53,7 +53,7 @@ class Samples:
     name = "samples"
 
     def __init__(
-        self, settings: SamplingSettings, count: int, classes: list[str] | None, seed: int, dataset: Dataset
+        self, settings: Sampling, count: int, classes: list[str] | None, seed: int, dataset: Dataset
     ):
         self.settings, self.count, self.classes, self.seed = settings, count, classes or [], seed
         self.dataset = dataset
@@ -114,19 +114,7 @@ class Samples:
     def _sample(
         self, model: LatentDiffusion, cond: dict[str, torch.Tensor] | None, count: int
     ) -> torch.Tensor:
-        settings = self.settings
-        return sample(
-            model,
-            count,
-            cond,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            spacing=settings.spacing,
-            eta=settings.eta,
-            shift=settings.shift,
-            seed=self.seed,
-        )
+        return sample(model, count, cond, settings=self.settings, seed=self.seed)
 
 
 class _Zeros(nn.Module):

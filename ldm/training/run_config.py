@@ -10,11 +10,11 @@ from omegaconf import DictConfig, ListConfig
 from ldm import config as configuration
 from ldm.config import signatures
 from ldm.config.other_runs import from_run as from_run  # makes ${from_run:...} known
+from ldm.sampling import Sampling
 from ldm.training.settings import (
     AugmentSettings,
     LoggingSettings,
     OptimizerSettings,
-    SamplingSettings,
     TrainingSettings,
 )
 
@@ -90,7 +90,7 @@ class DiffusionRun(RunConfig):
     cache: bool = True
     cache_dtype: Literal["auto", "float32", "float16"] = "auto"
     latent_scale: float | Literal["auto"] = "auto"
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: Sampling = field(default_factory=Sampling)
     init_from: str | None = None
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ SECTIONS: dict[str, type] = {
     "training.optimizer": OptimizerSettings,
     "augment": AugmentSettings,
     "logging": LoggingSettings,
-    "sampling": SamplingSettings,
+    "sampling": Sampling,
 }
 
 

@@ -1,7 +1,7 @@
 """From a checked config to what a run needs: data, model, task, pictures."""
 
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -141,7 +141,7 @@ def diffusion_stage(
         },
         "image_size": size,
         "classes": train.classes,
-        "sampling": configuration.to_plain(cfg.get("sampling") or {}),
+        "sampling": asdict(run.sampling),
     }
     identity = identity_of(train)
     if not rehearsal:

@@ -14,7 +14,8 @@ from ldm.checkpoints.diffusers.export import class_table, save_diffusers
 from ldm.checkpoints.diffusers.folder import is_diffusers_folder, load_diffusers
 from ldm.checkpoints.strict import KeyMismatch
 from ldm.conditioning.clip import CLIPTextEmbedder
-from ldm.latent_diffusion import LatentDiffusion, sample
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.sampling import sample
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 
 
