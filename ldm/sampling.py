@@ -140,13 +140,13 @@ def _own_options(sampler: Callable) -> dict[str, inspect.Parameter] | None:
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
     sampler = find_sampler(name)
     own = _own_options(sampler)
-    takes = f"{name}, which takes {', '.join(own or ()) or 'no options of its own'}"
     for option, value in options.items() if own is not None else ():
         if option not in own:
             others = [other for other, function in SAMPLERS.items() if option in _own_options(function)]
-            belongs = f"belongs to the {' and '.join(others)} sampler" if others else "is no option"
-            hint = did_you_mean(option, own)
-            raise ValueError(f"{option} {belongs}, {'not to' if others else 'of'} {takes}{hint}")
+            what = f"belongs to the {' and '.join(others)} sampler, not to" if others else "is no option of"
+            takes = ", ".join(own) or "no options of its own"
+            hint = did_you_mean(option, [*own, *_FIELDS])
+            raise ValueError(f"{option} {what} {name}, which takes {takes}{hint}")
         if problem := signatures.mismatch(value, own[option].annotation):
             raise ValueError(f"{option} of the sampler {name}: {problem}")
     if options:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -324,7 +324,7 @@ def _find(
     if name.isdigit() and int(name) in node:
         return int(name)
     fields = _fields(path, sections)
-    if in_params or name in fields or (is_target(node) and name == "params"):
+    if in_params or name in fields or (is_target(node) and name == "params") or _is_open(path, sections):
         return name
     options = list(dict.fromkeys([*map(str, node), *fields]))
     hint = did_you_mean(name, options, join(path, "")) or _elsewhere(name, tree)
@@ -337,6 +337,13 @@ def _fields(path: str, sections: Mapping[str, type]) -> list[str]:
     kind = _section_at(path, sections)
     declared = [section.rpartition(".") for section in sections if section]
     return [*(field_types(kind) if kind else ()), *(name for above, _, name in declared if above == path)]
+
+
+def _is_open(path: str, sections: Mapping[str, type]) -> bool:
+    """Whether a dataclass's field stands there whose keys are free: annotated `dict[str, ...]`."""
+    above, _, name = path.rpartition(".")
+    kind = _section_at(above, sections)
+    return kind is not None and get_origin(field_types(kind).get(name)) is dict
 
 
 def _section_at(path: str, sections: Mapping[str, type]) -> type | None:

@@ -262,16 +262,28 @@ def test_settings_reach_the_sampler(runs, tmp_path, cli):
     plain = drawn("--steps", 6)
     assert plain == drawn("--steps", 6, "--sampler", "euler", "--spacing", "linspace", "--seed", 0, "--ema")
     assert plain == drawn("--steps", 6, "--sampler", "ddim", "--eta", 0)
+    noisy = ("--steps", 6, "--sampler", "ddim")
+    assert drawn(*noisy, "--eta", 0.5) == drawn(*noisy, "--option", "eta=0.5")
     changes = (
         ("--steps", 5),
         ("--steps", 6, "--guidance", 1),
         ("--steps", 6, "--sampler", "ddim", "--eta", 1),
+        ("--steps", 6, "--sampler", "ddpm", "--option", "variance=large"),
         ("--steps", 6, "--spacing", "karras"),
         ("--steps", 6, "--seed", 1),
     )
     others = [drawn(*change) for change in changes]
     assert plain not in others
     assert len(set(others)) == len(others)
+
+
+def test_python_draws_the_same_images(runs, tmp_path, cli):
+    result = cli("sample", runs / "flow", "--n", 20, "--seed", 3, "--sampler", "ddpm", "--out", tmp_path)
+    assert result.status == 0, result.err
+    labels = torch.arange(20) % len(CLASSES)
+    batches = ldm.draw(ldm.load(runs / "flow"), conditions={"label": labels}, seed=3, sampler="ddpm")
+    drawn = np.concatenate([results.to_uint8(images) for images in batches])
+    assert np.array_equal(drawn, [pixels(path) for path in sorted(tmp_path.glob("0*.png"))])
 
 
 def test_averaged_and_raw_weights(runs, tmp_path, cli):
@@ -336,6 +348,16 @@ def test_half_precision(runs, tmp_path, cli):
         ),
         ("flow", ("--eta", "0.5"), 1, "eta belongs to the ddim sampler, not to euler, which takes no opt"),
         ("flow", ("--sampler", "ddim", "--eta", "2"), 1, "eta must be in .0, 1., got 2"),
+        ("flow", ("--sampler", "ddim", "--option", "etta=1"), 1, "etta is no option of ddim, .* mean eta"),
+        (
+            "flow",
+            ("--sampler", "ddim", "--option", "eta=no"),
+            1,
+            "eta of the .* ddim: expected float, got F",
+        ),
+        ("flow", ("--option", "eta"), 2, "--option eta: must be NAME=VALUE"),
+        ("flow", ("--option", "eta=[1"), 2, "--option eta=.1: a value is not YAML"),
+        ("flow", ("--sampler", "no_such.sampler"), 1, "cannot import no_such"),
         ("flow", ("--spacing", "karras"), 1, "spacing is 'karras', must be one of uniform"),
         (
             "eps",
