@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,7 @@ class Sampling:
         (`sampler_defaults`), else `default_spacing`.
     shift: how far the steps of a flow model are moved towards noise (`ldm.diffusion.schedule.shift_time`);
         `auto` follows from the latents' shape (`resolution_shift`), None is the schedule's own, 1.
-    options: the sampler's own, such as `eta` of ddim: its keyword-only parameters.
+    options: the sampler's own, such as `eta` of ddim: its keyword-only parameters. None says nothing.
     eta: the place of ddim's option in older files.
 
     Raises:
@@ -53,7 +53,8 @@ class Sampling:
     eta: InitVar[float | None] = None
 
     def __post_init__(self, eta: float | None):
-        self.options = {**({} if eta is None else {"eta": eta}), **self.options}
+        options = {"eta": eta, **self.options}
+        self.options = {name: value for name, value in options.items() if value is not None}
         if self.steps < 1:
             raise ValueError(f"steps must be a whole number from 1 on, got {self.steps}")
         if not math.isfinite(self.guidance):
@@ -83,10 +84,9 @@ class Sampling:
             own["guidance"] = 1.0
         settings = check_section(own, cls, "sampling")
         asked = {name: value for name, value in asked.items() if value is not None}
-        fields = {name: asked.pop(name) for name in _FIELDS & asked.keys()}
-        return replace(
-            settings, sampler=sampler or settings.sampler, options=settings.options | asked, **fields
-        )
+        changes = {name: asked.pop(name) for name in _FIELDS & asked.keys()}
+        changes |= {"sampler": sampler or settings.sampler, "options": settings.options | asked}
+        return replace(settings, **changes)
 
     def sigmas(self, model: LatentDiffusion) -> Tensor:
         """The sigmas that the sampler walks, (steps + 1,).
@@ -105,7 +105,7 @@ class Sampling:
         return {name: value for name, value in named.items() if value is not None}
 
 
-_FIELDS = {"steps", "guidance", "spacing", "shift"}
+_FIELDS = {f.name for f in fields(Sampling)} - {"sampler", "options"}
 
 
 def find_sampler(name: str) -> Callable:
@@ -324,6 +324,7 @@ def draw(
         raise ValueError(f"{given}, and this model is conditioned on {keys or 'nothing'}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    settings.sigmas(model)  # what the schedule refuses is told now, not in the first batch
     exact = model.device.type == "cpu" if exact is None else exact
     size = group_size(model) if exact else batch_size
     return _batches(model, n, conditions, seed, settings, size, exact, _reporter(progress, n))

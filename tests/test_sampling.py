@@ -397,6 +397,8 @@ def test_draw_refuses_before_it_draws():
     ):
         with pytest.raises(ValueError, match=message):
             draw(*arguments)
+    with pytest.raises(ValueError, match="spacing is 'karras', must be one of uniform"):
+        draw(alone, 4, spacing="karras")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         draw(alone, 4, batch_size=0)
     with pytest.raises(ValueError, match="stpes is no option of euler, .*; did you mean steps"):

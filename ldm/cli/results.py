@@ -89,10 +89,12 @@ def draw_into(
     wanted = choose(model, n, classes, image)
     settings = _settings(model, asked or {})
     count, names = wanted.count, wanted.file_names()
+    conditions = wanted.batch if model.conditioner.keys else None
+    options = {"seed": seed, "settings": settings, "batch_size": batch_size, "exact": exact}
+    batches = draw(model, count, conditions, **options)
     prepare_folder(out, [*names, *[GRID] * grid, *[NPZ] * npz], overwrite)
     _warn_of_others(out, names)
     facts = _facts(model, source, seed, settings)
-    conditions = wanted.batch if model.conditioner.keys else None
     sheet: list[np.ndarray] = []
     done = 0
     try:
@@ -101,8 +103,7 @@ def draw_into(
             bar = stack.enter_context(progress_bar(count, "sampling"))
             interrupted = stack.enter_context(lasting_interruption())
             stack.enter_context(context)
-            of = {"seed": seed, "settings": settings, "batch_size": batch_size, "exact": exact}
-            for images in draw(model, count, conditions, **of):
+            for images in batches:
                 pixels = to_uint8(images)
                 if archive is not None:
                     archive(pixels)
@@ -135,7 +136,7 @@ def _settings(model: LatentDiffusion, asked: dict[str, Any]) -> Sampling:
     """How the model is to be sampled, held against it before anything is made.
 
     Raises:
-        ValueError: what the sampler or the schedule refuses, or guidance with nothing to guide by.
+        ValueError: what the sampler refuses, or guidance with nothing to guide by.
     """
     settings = Sampling.of(model, **asked)
     if settings.guidance != 1.0 and not model.conditioner.keys:
@@ -145,7 +146,6 @@ def _settings(model: LatentDiffusion, asked: dict[str, Any]) -> Sampling:
             f"guidance {settings.guidance:g} needs a model that was trained without its condition part of "
             "the time, and this one was not (drop is 0 in its conditioner); say --guidance 1"
         )
-    settings.sigmas(model)
     return settings
 
 

@@ -119,13 +119,12 @@ def _figure(path: str, image: Tensor, reconstruction: Tensor) -> Figure:
 
 def write_figures(path: Path, figures: Iterable[Figure]) -> None:
     """A table with the columns path, psnr and l1."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(Figure._fields)
+    table.writerows((name, f"{psnr:.4f}", f"{l1:.6f}") for name, psnr, l1 in figures)
     with whole_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        table = csv.writer(text)
-        table.writerow(Figure._fields)
-        table.writerows((path, f"{psnr:.4f}", f"{l1:.6f}") for path, psnr, l1 in figures)
-        text.flush()
-        text.detach()
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 @contextmanager
