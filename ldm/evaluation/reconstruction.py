@@ -19,7 +19,7 @@ from ldm.data.images.pixels import normalize_pixels
 from ldm.files import whole_file
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
-from ldm.sampling import held_in_memory
+from ldm.sampling.images import held_in_memory
 from ldm.weights.writing import write_safetensors
 
 LATENTS_FORMAT = "ldm-latents/1"

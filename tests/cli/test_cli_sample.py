@@ -26,9 +26,10 @@ from ldm.cli.machine import lasting_interruption
 from ldm.cli.output import npz_file, prepare_folder, write_png
 from ldm.cli.wanted import choose, choose_labels, parse_classes, safe_name
 from ldm.diffusion.samplers import SAMPLERS
-from ldm.diffusion.spacing import sampling_sigmas
 from ldm.files import CannotWrite, whole_file
-from ldm.sampling import Sampling, draw, group_size
+from ldm.sampling import Sampling, draw
+from ldm.sampling.images import group_size
+from ldm.sampling.spacing import sampling_sigmas
 
 __all__ = ["cli"]
 

@@ -14,10 +14,10 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.random import normal
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, resolution_shift
-from ldm.diffusion.spacing import default_spacing, sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.sampling import Sampling, draw, sample
+from ldm.sampling.spacing import default_spacing, sampling_sigmas
 
 
 @pytest.fixture(params=list(MODELS))
