@@ -128,7 +128,8 @@ def test_ddim_ends_at_the_same_point_with_the_originals_timesteps(exported):
     x = noise(2, *model.latent_shape)
     with torch.no_grad():
         cond = model.conditioner({"label": torch.tensor([0, 2])})
-    ours = sample(model, cond=cond, noise=x, sampler="ddim", steps=10, spacing="uniform")
+    how = {"sampler": "ddim", "steps": 10, "spacing": "uniform", "guidance": 1.0}
+    ours = sample(model, cond=cond, noise=x, **how)
     theirs = ddim_of_diffusers(folder, x, 10, encoder_hidden_states=cond["crossattn"])
     assert relative_error(ours, theirs) < 1e-5
 
