@@ -1,7 +1,7 @@
 """ldm: latent diffusion, from a folder of images to samples."""
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "sample"]
+__all__ = ["__version__", "draw", "load", "sample"]
 
 
 def __getattr__(name: str):
@@ -11,7 +11,11 @@ def __getattr__(name: str):
 
         return load
     if name == "sample":
-        from ldm.latent_diffusion import sample
+        from ldm.sampling import sample
 
         return sample
+    if name == "draw":
+        from ldm.sampling import draw
+
+        return draw
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")

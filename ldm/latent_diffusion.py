@@ -1,4 +1,4 @@
-"""`LatentDiffusion`: first stage + conditioner + network + denoiser, and sampling from it."""
+"""`LatentDiffusion`: first stage + conditioner + network + denoiser."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,13 +8,8 @@ from torch import Tensor, nn
 from ldm.conditioning import Conditioner
 from ldm.conditioning.conditioner import KINDS
 from ldm.diffusion import samplers
-from ldm.diffusion.denoiser import Clipped, Denoise, Denoiser
+from ldm.diffusion.denoiser import Clipped, Denoiser
 from ldm.diffusion.guidance import ClassifierFreeGuidance
-from ldm.diffusion.random import normal
-from ldm.diffusion.schedule import DiscreteSchedule, FlowSchedule
-
-# From here up, Karras' spacing spends its steps on noise alone (a cosine schedule, a zero terminal SNR).
-_KARRAS_BELOW = 200.0
 
 
 class DiffusionWrapper(nn.Module):
@@ -67,7 +62,7 @@ class LatentDiffusion(nn.Module):
             Stable Diffusion's `scale_factor` is `latent_scale` with shift 0.
         clip_x0: sampling clamps x0 to [-1, 1], as DDPM and ADM do; for models of pixels.
         sampler_defaults: {name of a sampler: {option: value}}, `spacing` among them, for what the caller of
-            `sample` leaves open; so that a published model gives the published samples.
+            `ldm.sample` leaves open; so that a published model gives the published samples.
 
     Raises:
         ValueError: sizes or channel counts that do not fit together.
@@ -223,162 +218,3 @@ def check_conditions(cond: object, name: str) -> None:
     wrong = [str(kind) for kind, value in cond.items() if kind not in KINDS or not torch.is_tensor(value)]
     if wrong:
         raise ValueError(f"{how}; got {', '.join(wrong)}")
-
-
-def default_spacing(schedule, sampler: str) -> str | None:
-    """How the steps of a sampler are spaced where nobody says; None for a schedule with one spacing.
-
-    Over discrete timesteps, `linspace`: as many steps as asked for, from the last timestep to the first, then
-    to 0 (k-diffusion; improved-diffusion's respacing rounds the same times). `dpmpp_2m` extrapolates over
-    ln(sigma), in which the last of these steps is far too long: it takes `karras`, or `trailing` where sigma
-    starts too high.
-    """
-    if not isinstance(schedule, DiscreteSchedule):
-        return None
-    if sampler != "dpmpp_2m":
-        return "linspace"
-    return "karras" if schedule.sigmas_all[-1] < _KARRAS_BELOW else "trailing"
-
-
-def sampling_sigmas(
-    denoiser: Denoiser,
-    steps: int,
-    spacing: str | None = None,
-    sampler: str = "euler",
-    shift: float | None = None,
-) -> Tensor:
-    """The sigmas that a sampler walks, (steps + 1,), at this spacing or at the default one.
-
-    Raises:
-        ValueError: what the schedule refuses; a `shift` of a schedule that has none.
-    """
-    spacing = spacing or default_spacing(denoiser.schedule, sampler)
-    options = {"spacing": spacing} if spacing else {}
-    if shift is not None:
-        if not isinstance(denoiser.schedule, FlowSchedule):
-            raise ValueError(
-                f"shift {shift:g} belongs to flow models (FlowSchedule); this one has a "
-                f"{type(denoiser.schedule).__name__}, whose steps `spacing` places"
-            )
-        options["shift"] = shift
-    return denoiser.schedule.sigmas(steps, **options)
-
-
-@torch.no_grad()
-def sample(
-    model: LatentDiffusion,
-    n: int | None = None,
-    cond: dict[str, Tensor] | None = None,
-    uncond: dict[str, Tensor] | None = None,
-    sampler: str = "euler",
-    steps: int = 30,
-    guidance: float = 1.0,
-    noise: Tensor | None = None,
-    eta: float | None = None,
-    seed: int = 0,
-    *,
-    spacing: str | None = None,
-    shift: float | None = None,
-    interval: tuple[float, float] | None = None,
-    steer: Callable[[Denoise], Denoise] | None = None,
-    first_index: int = 0,
-    latent_shape: tuple[int, int, int] | None = None,
-    sigmas: Tensor | None = None,
-    callback: Callable | None = None,
-    **options,
-) -> Tensor:
-    """Draw z (n, c, h, w); `model.to_image(z)` decodes it.
-
-    All randomness is a function of (seed, index of the image): image `first_index + i` starts from and is
-    given the same noise whatever `n` is.
-
-    Args:
-        n: number of samples; taken from `noise` or `cond` where not given.
-        cond, uncond: conditions as `model.conditioner` makes them, with and without what guides. Where
-            guidance is asked for and `uncond` is not given, the conditioner's own absent condition is used.
-        sampler: a name in `ldm.diffusion.samplers.SAMPLERS`; each works with each schedule.
-        steps: steps of the sampler; heun, and the first step of plms, call the network twice.
-        guidance: classifier-free guidance; 1 is none, 0 the unconditional model.
-        noise: starting noise (n, c, h, w) in place of the seed's.
-        eta: randomness of ddim, 0 none, 1 that of DDPM; other samplers refuse it.
-        spacing: how the steps are spaced, see the schedule's `sigmas`; None is the model's own
-            (`sampler_defaults`), else `default_spacing`. `sigmas` gives them outright.
-        shift: moves the steps of a flow model towards noise, see `ldm.diffusion.schedule.shift_time`; None is
-            the schedule's own, 1.
-        interval: (low, high), guide where low < sigma <= high only.
-        steer: makes another denoise function of this one, which the sampler then follows; for guidance by a
-            classifier `lambda denoise: ClassifierGuidance(denoise, classifier, labels, ...)`.
-        latent_shape: (c, h, w) where it differs from the model's own.
-        callback: `callback(i, x, x0, sigma)` in every step.
-        options: handed to the sampler. A learned variance is used by ddpm unless its `variance` says
-            otherwise.
-
-    Raises:
-        ValueError: unknown sampler or spacing, counts that contradict each other, guidance without a
-            condition.
-    """
-    if not isinstance(model, LatentDiffusion):
-        raise ValueError(f"a LatentDiffusion can be sampled, not a {type(model).__name__} alone")
-    check_conditions(cond, "cond")
-    check_conditions(uncond, "uncond")
-    n = _count(n, cond, noise)
-    if sampler not in samplers.SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; there are {', '.join(samplers.SAMPLERS)}")
-    if model.conditioner.keys and not cond:
-        raise ValueError(
-            f"this model is conditioned on {', '.join(model.conditioner.keys)}: give "
-            "cond=model.conditioner(batch), or cond=model.conditioner.unconditional(n)"
-        )
-    if eta is not None:
-        if sampler != "ddim":
-            raise ValueError(f"eta belongs to the ddim sampler, not to {sampler}")
-        options["eta"] = eta
-    options = model.sampler_defaults.get(sampler, {}) | options
-    own_spacing = options.pop("spacing", None)
-    if sampler == "ddpm" and model.denoiser.learned_variance:
-        options.setdefault("variance", "learned")
-    device, shape = model.device, tuple(latent_shape or model.latent_shape)
-    if noise is not None and noise.shape != (n, *shape):
-        raise ValueError(f"noise must be {(n, *shape)}, got {tuple(noise.shape)}")
-    if guidance != 1.0 and uncond is None and cond:
-        uncond = model.conditioner.unconditional(n, device)
-    denoise = model.denoise_fn(cond, uncond, guidance, interval)
-    denoise = denoise if steer is None else steer(denoise)
-    if sigmas is None:
-        sigmas = sampling_sigmas(model.denoiser, steps, spacing or own_spacing, sampler, shift)
-    noises = _Noises(seed, first_index, n, shape, device)
-    x = noises.start() if noise is None else noise.to(device)
-    x = model.denoiser.schedule.start(x, sigmas[0])
-    x = samplers.SAMPLERS[sampler](denoise, x, sigmas, noise_fn=noises, callback=callback, **options)
-    return x * model.denoiser.schedule.scale(sigmas[-1]).to(x.device, x.dtype)
-
-
-class _Noises:
-    """The starting noise and, call by call, the noise of the steps of `n` images."""
-
-    def __init__(self, seed: int, first_index: int, n: int, shape: tuple[int, ...], device: torch.device):
-        self.seed, self.shape, self.device = seed, shape, device
-        # Drawn on the CPU where the device lacks float64.
-        where = "cpu" if device.type == "mps" else device
-        self.positions = torch.arange(first_index, first_index + n, device=where)
-        self.drawn = 0
-
-    def start(self) -> Tensor:
-        return normal(self.seed, "sample", self.positions, self.shape).to(self.device)
-
-    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        self.drawn += 1
-        return normal(self.seed, f"sample-step-{self.drawn}", self.positions, self.shape).to(self.device)
-
-
-def _count(n: int | None, cond: dict[str, Tensor] | None, noise: Tensor | None) -> int:
-    counts = {len(v) for v in (cond or {}).values()} | ({len(noise)} if noise is not None else set())
-    counts |= {n} if n is not None else set()
-    if len(counts) != 1:
-        raise ValueError(
-            f"how many samples? n, noise and cond must agree, got {sorted(counts) or 'none of them'}"
-        )
-    (count,) = counts
-    if count < 1:
-        raise ValueError(f"n must be at least 1, got {count}")
-    return count

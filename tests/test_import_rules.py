@@ -58,7 +58,7 @@ RULES = {
     "losses": Rule({"nn", "models", "weights"} | GROUND, {"torch", "einops"}, EXTRAS),
     "conditioning": Rule({"nn", "models"} | GROUND, {"torch", "einops"}, EXTRAS),
     "latent_diffusion": Rule(NETWORKS, {"torch"}),
-    "sampling": Rule(PARTS, {"torch", "numpy"}),
+    "sampling": Rule(PARTS, {"torch", "numpy"}, {"tqdm"}),
     "checkpoints": Rule(PARTS | {"sampling"}, CORE - {"typer"}, EXTRAS),
     "evaluation": Rule(PARTS | {"sampling", "checkpoints", "data"}, CORE - {"typer"}, EXTRAS),
     "training": Rule(

@@ -87,6 +87,7 @@ def load(
                 raise CheckpointError(error.where, error.reason + _published(path)) from error
             else:
                 raise
+    model.trusted = trusted  # what the user named may also sample
     return model.to(device=device, dtype=dtype)
 
 

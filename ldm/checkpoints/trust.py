@@ -24,13 +24,18 @@ def is_run_config(config: str | Path | Mapping) -> bool:
 
 
 def trusted_targets(config: str | Path | Mapping) -> frozenset[str]:
-    """All targets in a training config, in its base, and in the first stage's config where it names one.
+    """All targets in a training config, in its base, and in the first stage's config where it names one; its
+    sampler too.
 
     Raises:
         ConfigError: a file that is not there, or is no YAML.
     """
     tree, _ = read_tree(config)
-    found = frozenset(targets_of(OmegaConf.to_container(tree, resolve=False)))
+    plain = OmegaConf.to_container(tree, resolve=False)
+    found = frozenset(targets_of(plain))
+    sampling = plain.get("sampling")
+    if isinstance(sampling, Mapping) and isinstance(sampling.get("sampler"), str):
+        found |= {sampling["sampler"]}
     if isinstance(config, str | Path) and isinstance(tree.get("base"), str):
         found |= trusted_targets(Path(config).parent / tree["base"])
     if isinstance(tree.get("first_stage_config"), str):

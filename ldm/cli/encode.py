@@ -6,69 +6,41 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import FILES, MACHINE, Config, Device, Ema, Model, Overwrite, Precision, Verbose
+from ldm.cli.options import (
+    Config,
+    Device,
+    Ema,
+    Model,
+    Overwrite,
+    Precision,
+    Verbose,
+    Workers,
+    in_panel,
+    of_files,
+    of_machine,
+)
+from ldm.wording import counted
 
 _WORST = 5
+_IMAGES = "A folder of images, read to any depth, or one image."
+_SIZE = "Side to which the centre of each image is resized; a multiple of the downsampling factor."
+_LATENTS = "Also latents.safetensors: mean and std float32 (N, c, h, w), the paths in its metadata."
 
 
 def command(
     model: Model,
-    images: Annotated[
-        Path,
-        typer.Argument(
-            metavar="IMAGES", help="A folder of images, read to any depth, or one image.", show_default=False
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER", rich_help_panel=FILES, help="Where the results go.", show_default=False
-        ),
-    ],
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="PIXELS",
-            show_default="as trained",
-            help="Side to which the centre of each image is resized; a multiple of the downsampling factor.",
-        ),
-    ] = None,
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", show_default=False, help=_IMAGES)],
+    out: Annotated[Path, of_files("FOLDER", "Where the results go.", show_default=False)],
+    size: Annotated[int | None, in_panel(None)("PIXELS", _SIZE, min=1, show_default="as trained")] = None,
     config: Config = None,
     ema: Ema = True,
-    latents: Annotated[
-        bool,
-        typer.Option(
-            "--latents",
-            metavar="",
-            rich_help_panel=FILES,
-            help="Also latents.safetensors: mean and std float32 (N, c, h, w), the paths in its metadata.",
-        ),
-    ] = False,
+    latents: Annotated[bool, of_files("", _LATENTS, "--latents")] = False,
     grid: Annotated[
-        bool,
-        typer.Option(
-            "--grid/--no-grid",
-            metavar="",
-            rich_help_panel=FILES,
-            help="Also grid.png: images beside reconstructions.",
-        ),
+        bool, of_files("", "Also grid.png: images beside reconstructions.", "--grid/--no-grid")
     ] = True,
     overwrite: Overwrite = False,
-    batch_size: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", rich_help_panel=MACHINE, help="Images at a time: memory and speed."),
-    ] = 16,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            rich_help_panel=MACHINE,
-            show_default="what suits the machine",
-            help="Processes that read images.",
-        ),
-    ] = None,
+    batch_size: Annotated[int, of_machine("N", "Images at a time: memory and speed.", min=1)] = 16,
+    workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "auto",
     verbose: Verbose = False,
@@ -84,12 +56,12 @@ def command(
 
     Example: ldm encode runs/pets-autoencoder photos/ --out out/pets-autoencoder
     """
-    from ldm.cli.encoding import encode_images
+    from ldm.cli.results import reconstruct_into
 
-    result = encode_images(
+    name, figures, pictures = reconstruct_into(
+        out,
         model,
         images,
-        out,
         size=size,
         batch_size=batch_size,
         workers=workers,
@@ -101,26 +73,22 @@ def command(
         precision=precision,
         overwrite=overwrite,
     )
-    if result.figures:
-        psnr, l1 = ([getattr(f, name) for f in result.figures] for name in ("psnr", "l1"))
-        typer.echo(f"{_images(len(psnr))} of {result.size}x{result.size} pixels through {result.model}")
-        typer.echo(f"PSNR  mean {sum(psnr) / len(psnr):6.2f} dB   worst {min(psnr):6.2f} dB")
-        typer.echo(
-            f"L1    mean {sum(l1) / len(l1):6.4f}      worst {max(l1):6.4f}      (black to white is 2)"
-        )
+    if figures:
+        psnr, l1 = ([getattr(figure, name) for figure in figures] for name in ("psnr", "l1"))
+        count, side = len(figures), pictures.size
+        typer.echo(f"{counted(count, 'image')} of {side}x{side} pixels through {name}")
+        typer.echo(f"PSNR  mean {sum(psnr) / count:6.2f} dB   worst {min(psnr):6.2f} dB")
+        typer.echo(f"L1    mean {sum(l1) / count:6.4f}      worst {max(l1):6.4f}      (black to white is 2)")
         typer.echo("lowest PSNR:")
-        for figure in sorted(result.figures, key=lambda f: f.psnr)[:_WORST]:
-            typer.echo(f"  {figure.psnr:6.2f} dB   L1 {figure.l1:6.4f}   {_shown(figure.path)}")
+        for path, psnr, l1 in sorted(figures, key=lambda figure: figure.psnr)[:_WORST]:
+            typer.echo(f"  {psnr:6.2f} dB   L1 {l1:6.4f}   {_shown(path)}")
         typer.echo(f"written to {out}" + (f"; side by side: {out / 'grid.png'}" if grid else ""))
-    for path, reason in result.unreadable:
+    for path, reason in pictures.unreadable:
         typer.echo(f"{_shown(path)}: {reason}", err=True)
-    if result.unreadable:
-        typer.echo(f"error: no reconstruction of {_images(len(result.unreadable))}, see above", err=True)
+    if pictures.unreadable:
+        bad = counted(len(pictures.unreadable), "image")
+        typer.echo(f"error: no reconstruction of {bad}, see above", err=True)
         raise typer.Exit(1)
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _shown(path: str) -> str:

@@ -1,6 +1,8 @@
-"""Options that several verbs have."""
+"""Options that several verbs have, and the panels of the help page in which options stand."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,69 +11,56 @@ import typer
 FILES, MACHINE = "Files", "Machine"
 
 
+def _option(metavar: str, text: str, *names: str, panel: str | None = None, **more):
+    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel, **more)
+
+
+def in_panel(panel: str | None, **defaults) -> Callable:
+    """Makes options of one panel, `option(METAVAR, help, *names, ...)`; a switch has no metavar."""
+    return partial(_option, panel=panel, **defaults)
+
+
+of_files, of_machine = in_panel(FILES), in_panel(MACHINE)
+
+
 def _set_verbose(verbose: bool) -> bool:
     if verbose:
         logging.getLogger("ldm").setLevel(logging.DEBUG)
     return verbose
 
 
-Model = Annotated[
-    Path,
-    typer.Argument(
-        metavar="MODEL",
-        help="A run folder, its model.safetensors, or one of its checkpoints.",
-        show_default=False,
-    ),
-]
+_MODEL = "A run folder, its model.safetensors, or one of its checkpoints."
+Model = Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help=_MODEL)]
 Config = Annotated[
     Path | None,
-    typer.Option(
+    _option(
+        "YAML",
+        "For a checkpoint of another project, its YAML; for a model with classes of yours, the YAML that it "
+        "was trained with.",
         "--config",
-        metavar="YAML",
-        help="For a checkpoint of another project, its YAML; for a model with classes of yours, the YAML "
-        "that it was trained with.",
         show_default=False,
     ),
 ]
-Ema = Annotated[
-    bool,
-    typer.Option(
-        "--ema/--no-ema", metavar="", help="Averaged weights, or the raw ones of the newest checkpoint."
-    ),
-]
+_EMA = "Averaged weights, or the raw ones of the newest checkpoint."
+Ema = Annotated[bool, _option("", _EMA, "--ema/--no-ema")]
 Overwrite = Annotated[
     bool,
-    typer.Option(
+    of_files(
+        "",
+        "Replace files of the same names; others in the folder stay. Without it, any such file is an error "
+        "before anything is computed.",
         "--overwrite",
-        metavar="",
-        rich_help_panel=FILES,
-        help="Replace files of the same names; others in the folder stay. Without it, any such file is an "
-        "error before anything is computed.",
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=MACHINE,
-        help="cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one.",
-    ),
-]
+Device = Annotated[str, of_machine("NAME", "cpu, cuda, cuda:1 or mps; auto takes a GPU if there is one.")]
 Precision = Annotated[
     str,
-    typer.Option(
-        metavar="NAME",
-        rich_help_panel=MACHINE,
-        help="32, bf16 or fp16 (autocast over float32 weights); auto is bf16 on a GPU that has it, else 32.",
+    of_machine(
+        "NAME",
+        "32, bf16 or fp16 (autocast over float32 weights); auto is bf16 on a GPU that has it, else 32.",
     ),
 ]
-Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose",
-        metavar="",
-        callback=_set_verbose,
-        rich_help_panel=MACHINE,
-        help="Show debug messages, and tracebacks of errors.",
-    ),
-]
+_SUITS = "what suits the machine"
+Workers = Annotated[int | None, of_machine("N", "Processes that read images.", min=0, show_default=_SUITS)]
+_VERBOSE = "Show debug messages, and tracebacks of errors."
+Verbose = Annotated[bool, of_machine("", _VERBOSE, "--verbose", callback=_set_verbose)]

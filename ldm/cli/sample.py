@@ -1,151 +1,122 @@
 """`ldm sample MODEL`"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ldm.cli.options import FILES, MACHINE, Config, Device, Ema, Model, Overwrite, Precision, Verbose
+from ldm.cli.options import (
+    Config,
+    Device,
+    Ema,
+    Model,
+    Overwrite,
+    Precision,
+    Verbose,
+    in_panel,
+    of_files,
+    of_machine,
+)
+from ldm.wording import counted
 
-_WHAT, _HOW = "What to draw", "How to draw it"
-_OWN = "the model's own"
+_what, _how = in_panel("What to draw"), in_panel("How to draw it", show_default="the model's own")
 
 
 def command(
     model: Model,
     n: Annotated[
         int,
-        typer.Option(
-            "--n",
-            min=1,
-            metavar="N",
-            rich_help_panel=_WHAT,
-            help="How many images; with --classes or --image, of each class and each image.",
-        ),
+        _what("N", "How many images; with --classes or --image, of each class and image.", "--n", min=1),
     ] = 16,
     classes: Annotated[
         str | None,
-        typer.Option(
-            metavar="LIST",
-            rich_help_panel=_WHAT,
+        _what(
+            "LIST",
+            "Names or numbers with commas and ranges: cat,dog or 0-4,7. Where classes are named by numbers, "
+            "a number is a name.",
             show_default="all in turn",
-            help="Names or numbers with commas and ranges: cat,dog or 0-4,7. Where classes are named by "
-            "numbers, a number is a name.",
         ),
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            rich_help_panel=_WHAT,
+        _what(
+            "PATH",
+            "An image, or a folder of images read to any depth, for a model that draws variations of images: "
+            "--n of each. With --classes, --n of each image with each class; without, the classes in turn.",
             show_default=False,
-            help="An image, or a folder of images read to any depth, for a model that draws variations of "
-            "images: --n of each. With --classes, --n of each image with each class; without, the classes "
-            "in turn.",
         ),
     ] = None,
     seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            rich_help_panel=_WHAT,
-            help="Image i depends on the seed, i and its class and image alone.",
-        ),
+        int, _what("N", "Image i depends on the seed, i and its class and image alone.", min=0)
     ] = 0,
     config: Config = None,
     ema: Ema = True,
     sampler: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=_HOW,
-            show_default=_OWN,
-            help="ddpm, ddim, plms, euler, heun or dpmpp_2m; each fits every model.",
+        _how(
+            "NAME",
+            "ddpm, ddim, plms, euler, heun or dpmpp_2m, each of which fits every model; or a function of "
+            "yours, mypackage.my_sampler.",
         ),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", rich_help_panel=_HOW, show_default=_OWN, help="Steps of the sampler."
-        ),
-    ] = None,
+    steps: Annotated[int | None, _how("N", "Steps of the sampler.", min=1)] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(
-            metavar="SCALE",
-            rich_help_panel=_HOW,
-            show_default=_OWN,
-            help="Classifier-free guidance towards class and image: 1 is none, more follows more closely.",
+        _how(
+            "SCALE", "Classifier-free guidance towards class and image: 1 is none, more follows more closely."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        _how(
+            "NAME=VALUE",
+            "What the sampler takes besides, such as variance=large of ddpm; repeatable.",
         ),
     ] = None,
     eta: Annotated[
         float | None,
-        typer.Option(
-            metavar="ETA",
-            rich_help_panel=_HOW,
-            show_default=_OWN,
-            help="Noise added by ddim, from 0 (none) to 1 (as much as ddpm).",
-        ),
+        _how("ETA", "--option eta=ETA: noise added by ddim, from 0 (none) to 1 (as much as ddpm)."),
     ] = None,
     spacing: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=_HOW,
+        _how(
+            "NAME",
+            "How steps are spaced, for models with discrete timesteps: linspace, respaced, trailing, "
+            "leading, karras, or uniform and quad as in the original DDIM.",
             show_default="what suits the sampler",
-            help="How steps are spaced, for models with discrete timesteps: linspace, respaced, "
-            "trailing, leading, karras, or uniform and quad as in the original DDIM.",
         ),
     ] = None,
     shift: Annotated[
         float | None,
-        typer.Option(
-            metavar="NUMBER",
-            rich_help_panel=_HOW,
-            show_default=_OWN,
-            help="How far the steps of a flow model are moved towards noise: 1 is not at all, 3 is usual for "
+        _how(
+            "NUMBER",
+            "How far the steps of a flow model are moved towards noise: 1 is not at all, 3 is usual for "
             "large images.",
         ),
     ] = None,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", rich_help_panel=FILES, help="Where the images go.")
-    ] = Path("samples"),
-    grid: Annotated[
-        bool,
-        typer.Option(
-            "--grid/--no-grid", metavar="", rich_help_panel=FILES, help="Also all on one sheet, grid.png."
-        ),
-    ] = True,
+    out: Annotated[Path, of_files("FOLDER", "Where the images go.")] = Path("samples"),
+    grid: Annotated[bool, of_files("", "Also all on one sheet, grid.png.", "--grid/--no-grid")] = True,
     npz: Annotated[
-        bool,
-        typer.Option(
-            "--npz",
-            metavar="",
-            rich_help_panel=FILES,
-            help="Also all in samples.npz: arr_0 uint8 (N, H, W, C), arr_1 labels.",
-        ),
+        bool, of_files("", "Also all in samples.npz: arr_0 uint8 (N, H, W, C), arr_1 labels.", "--npz")
     ] = False,
     overwrite: Overwrite = False,
     batch_size: Annotated[
         int,
-        typer.Option(
+        of_machine(
+            "N",
+            "Images at a time: memory and speed. It changes pixels by rounding at most, with --exact nothing "
+            "at all.",
             min=1,
-            metavar="N",
-            rich_help_panel=MACHINE,
-            help="Images at a time: memory and speed. It changes pixels by rounding at most, with --exact "
-            "nothing at all.",
         ),
     ] = 64,
     exact: Annotated[
         bool | None,
-        typer.Option(
-            "--exact/--no-exact",
-            metavar="",
-            rich_help_panel=MACHINE,
-            show_default="on the CPU",
-            help="Compute in groups of a fixed size, chosen by the model: the same bits whatever --n and "
+        of_machine(
+            "",
+            "Compute in groups of a fixed size, chosen by the model: the same bits whatever --n and "
             "--batch-size.",
+            "--exact/--no-exact",
+            show_default="on the CPU",
         ),
     ] = None,
     device: Device = "auto",
@@ -164,26 +135,19 @@ def command(
 
     Example: python sample.py runs/variations --image photos/ --n 8 --out out/variations
     """
-    from ldm.cli.sampling import SampleRequest, write_samples
+    from ldm.cli.results import draw_into
 
-    request = SampleRequest(
+    asked = {"sampler": sampler, "steps": steps, "guidance": guidance, "spacing": spacing, "shift": shift}
+    said, unreadable = draw_into(
+        out,
+        model,
         n=n,
         classes=classes,
         image=image,
         seed=seed,
-        sampler=sampler,
-        steps=steps,
-        guidance=guidance,
-        eta=eta,
-        spacing=spacing,
-        shift=shift,
+        asked={**asked, "eta": eta, **_options(option or [])},
         batch_size=batch_size,
         exact=exact,
-    )
-    written = write_samples(
-        model,
-        request,
-        out,
         config=config,
         ema=ema,
         grid=grid,
@@ -192,12 +156,22 @@ def command(
         precision=precision,
         overwrite=overwrite,
     )
-    if written.count == 1:
-        typer.echo(f"1 image: {written.files[0]}")
-    else:
-        sheet = f", {written.on_sheet} on one sheet: {out / 'grid.png'}" if grid else ""
-        typer.echo(f"{written.count} images in {out}{sheet}")
-    if written.unreadable:
-        what = "1 image that" if written.unreadable == 1 else f"{written.unreadable} images that"
-        typer.echo(f"error: nothing is drawn of {what} cannot be read, see above", err=True)
+    typer.echo(said)
+    if unreadable:
+        bad = counted(unreadable, "image that", "images that")
+        typer.echo(f"error: nothing is drawn of {bad} cannot be read, see above", err=True)
         raise typer.Exit(1)
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    """["eta=0.5"] -> {"eta": 0.5}, the values as in YAML."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        found = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"--option {' '.join(words)}: a value is not YAML") from error
+    if None in found.values():
+        raise typer.BadParameter(f"--option {' '.join(words)}: must be NAME=VALUE")
+    return found

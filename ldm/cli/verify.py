@@ -5,42 +5,31 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import MACHINE, Verbose
+from ldm.cli.options import Verbose, Workers
 
 
 def command(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="Images, with or without one subfolder a class.", show_default=False
+            metavar="FOLDER", show_default=False, help="Images, with or without one subfolder a class."
         ),
     ],
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            rich_help_panel=MACHINE,
-            show_default="what suits the machine",
-            help="Processes that read.",
-        ),
-    ] = None,
+    workers: Workers = None,
     verbose: Verbose = False,
 ) -> None:
     """Read every image of a folder and name those that cannot be read.
 
     Prints one line for each of them, and ends with status 1 if there are any.
     """
-    from ldm.cli.progress import progress_bar
+    from ldm.cli.machine import progress_bar
     from ldm.data import ImageFolder
     from ldm.data.images.bad_files import verify
 
     images = ImageFolder(folder, size=1, on_error="report", layout="flat")
     with progress_bar(len(images), "reading") as bar:
         bad = verify(
-            images,
-            progress=lambda done, total: bar.update(done - bar.n),
-            **({} if workers is None else {"num_workers": workers}),
+            images, "auto" if workers is None else workers, lambda done, total: bar.update(done - bar.n)
         )
     for file in bad:
         typer.echo(f"{file.path}: {file.reason}")

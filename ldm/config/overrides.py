@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -91,6 +91,8 @@ def _find(
     fields = _fields(path, sections)
     if in_params or name in fields or (is_target(node) and name == "params"):
         return name
+    if not fields and _holds_any_key(path, sections):
+        return name
     options = list(dict.fromkeys([*map(str, node), *fields]))
     hint = did_you_mean(name, options, join(path, "")) or _elsewhere(name, tree)
     has = f"{path} has" if path else "there are"
@@ -110,6 +112,13 @@ def _section_at(path: str, sections: Mapping[str, type]) -> type | None:
     above, _, name = path.rpartition(".")
     kind = _section_at(above, sections)
     return nested_dataclass(field_types(kind).get(name)) if kind else None
+
+
+def _holds_any_key(path: str, sections: Mapping[str, type]) -> bool:
+    """Whether a dataclass's field stands there whose keys are free: annotated `dict[str, ...]`."""
+    above, _, name = path.rpartition(".")
+    kind = _section_at(above, sections)
+    return kind is not None and get_origin(field_types(kind).get(name)) is dict
 
 
 def _elsewhere(name: str, tree: dict) -> str:

@@ -129,9 +129,10 @@ def missing_parameters(function: Any, given: Collection[str]) -> list[str]:
 
 
 def field_types(kind: type) -> dict[str, Any]:
-    """A dataclass's init fields and their annotations."""
+    """A dataclass's init fields and their annotations, those that it only takes (`InitVar`) last."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    found = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    return found | {n: hint.type for n, hint in hints.items() if isinstance(hint, dataclasses.InitVar)}
 
 
 def nested_dataclass(annotation: Any) -> type | None:

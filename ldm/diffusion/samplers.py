@@ -72,7 +72,7 @@ def ddim(
     Divided by sqrt(a_{t-1}), the equation's sigma_t is eta times the posterior's deviation: no a_t is left.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}, must be in [0, 1]")
+        raise ValueError(f"eta must be in [0, 1], got {eta}")
     x = full_precision(x)
     for i, (sigma, sigma_next) in enumerate(_steps(sigmas)):
         x0, _ = _denoise(denoise, x, sigma)

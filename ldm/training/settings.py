@@ -140,35 +140,3 @@ class LoggingSettings:
     def __post_init__(self):
         positive(every=self.every, images=self.images, validation_batches=self.validation_batches)
         interval(images_every=self.images_every, validate_every=self.validate_every)
-
-
-@dataclass
-class SamplingSettings:
-    """How this model is sampled unless sample.py is told otherwise; also used for the grids during training.
-
-    sampler, steps: name and number of steps.
-    guidance: classifier-free guidance, 1 for none.
-    spacing: how the steps are spaced, None for the schedule's own way.
-    eta: randomness of ddim.
-    shift: how far the steps of a flow model are moved towards noise (`ldm.diffusion.schedule.shift_time`);
-        `auto` follows from the latents' shape (`resolution_shift`), None is the schedule's own, 1.
-    """
-
-    sampler: str = "euler"
-    steps: int = 30
-    guidance: float = 1.0
-    spacing: str | None = None
-    eta: float | None = None
-    shift: float | Literal["auto"] | None = None
-
-    def __post_init__(self):
-        from ldm.diffusion.samplers import SAMPLERS
-
-        positive(steps=self.steps)
-        if self.shift != "auto":
-            positive(shift=self.shift)
-        not_negative(eta=self.eta)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {self.sampler!r} is unknown; there are {', '.join(sorted(SAMPLERS))}")
-        if self.eta is not None and self.sampler != "ddim":
-            raise ValueError(f"eta belongs to the ddim sampler, not to {self.sampler}")

@@ -18,7 +18,8 @@ from ldm.checkpoints.convert import convert
 from ldm.checkpoints.originals.compvis_export import is_exported, save_compvis
 from ldm.checkpoints.originals.compvis_yaml import original_config
 from ldm.checkpoints.strict import KeyMismatch
-from ldm.latent_diffusion import LatentDiffusion, sample
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.sampling import sample
 from ldm.weights.errors import CheckpointError
 
 __all__ = ["cli"]

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from tiny_runs import description, first_stage_description, network, save_run
 
 import ldm
-from ldm.cli import encoding
-from ldm.cli.encoding import encode_images, png_names
+from ldm.cli import results
+from ldm.cli.results import png_names, reconstruct_into
 from ldm.data.images.grid import to_uint8
 
 __all__ = ["cli"]
@@ -176,7 +176,7 @@ def test_only_bad_images(runs, tmp_path, cli):
     ("model", "images_path", "options", "status", "message"),
     [
         ("autoencoder", "imags", (), 1, "imags does not exist; did you mean .*images"),
-        ("autoencoder", "images", ("--size", "15"), 1, "--size 15 is not a multiple .* 2"),
+        ("autoencoder", "images", ("--size", "15"), 1, "size 15 is not a multiple .* 2"),
         ("autoencoder", "images/notes.txt", (), 1, "notes.txt: UnidentifiedImageError"),
         ("autoencodr", "images", (), 1, "Did you mean .*autoencoder"),
         ("autoencoder", "images", ("--size", "0"), 2, "--size"),
@@ -218,7 +218,7 @@ def test_a_first_stage_that_does_not_know_its_size(images, tmp_path, cli):
     del described["image_size"]
     run_folder = save_run(tmp_path / "ae", described)
     result = cli("encode", run_folder, images, "--out", tmp_path / "out")
-    assert "does not say at which size it was trained; give --size" in result.err
+    assert "does not say at which size it was trained; give a size" in result.err
     assert cli("encode", run_folder, images, "--out", tmp_path / "out", "--size", 16).status == 0
 
 
@@ -229,12 +229,12 @@ def test_interruption(runs, images, tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return figure(*args)
+        return write_png(*args)
 
-    figure = encoding._figure
-    monkeypatch.setattr(encoding, "_figure", interrupted)
+    write_png = results.write_png
+    monkeypatch.setattr(results, "write_png", interrupted)
     with pytest.raises(KeyboardInterrupt, match="stopped: 2 of 5 images are in .*out, each of them whole"):
-        encode_images(runs / "autoencoder", images, tmp_path / "out", latents=True, workers=0)
+        reconstruct_into(tmp_path / "out", runs / "autoencoder", images, latents=True, workers=0)
     assert all(
         name.startswith("reconstructions/") and not name.endswith("partial")
         for name in files(tmp_path / "out")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,15 +21,15 @@ from PIL import Image
 from tiny_runs import CLASSES, EPS, class_embedder, description, first_stage_description, save_run
 
 import ldm
-from ldm.cli import sampling
-from ldm.cli.classes import choose_labels, parse_classes, safe_name
-from ldm.cli.conditions import choose
-from ldm.cli.files import NpzWriter, prepare_folder, write_png
-from ldm.cli.interruption import lasting_interruption
-from ldm.cli.sampling import SampleRequest, draw, group_size
+from ldm.cli import results
+from ldm.cli.machine import lasting_interruption
+from ldm.cli.output import npz_file, prepare_folder, write_png
+from ldm.cli.wanted import choose, choose_labels, parse_classes, safe_name
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.files import CannotWrite, whole_file
-from ldm.latent_diffusion import sampling_sigmas
+from ldm.sampling import Sampling, draw
+from ldm.sampling.images import group_size
+from ldm.sampling.spacing import sampling_sigmas
 
 __all__ = ["cli"]
 
@@ -120,12 +121,12 @@ def test_every_sampler_on_every_model(runs, tmp_path, cli, model, sampler):
 
 
 def test_only_the_first_images_of_many_are_on_the_sheet(runs, tmp_path, cli, monkeypatch):
-    monkeypatch.setattr(sampling, "_GRID_MOST", 4)
+    monkeypatch.setattr(results, "_GRID_MOST", 4)
     result = cli("sample", runs / "flow", "--n", 9, "--out", tmp_path, "--steps", 1)
     assert "9 images in" in result.out
     assert "the first 4 on one sheet" in result.out
     assert Image.open(tmp_path / "grid.png").size == (2 * 66 + 2, 2 * 66 + 2)
-    monkeypatch.setattr(sampling, "_GRID_PIXELS", 3 * 16 * 16)
+    monkeypatch.setattr(results, "_GRID_PIXELS", 3 * 16 * 16)
     result = cli("sample", runs / "flow", "--n", 9, "--out", tmp_path, "--steps", 1, "--overwrite")
     assert "the first 3 on one sheet" in result.out
 
@@ -186,9 +187,9 @@ def test_exactness_does_not_rest_on_luck(runs):
     model = ldm.load(runs / "flow")
     model.model.diffusion_model = Sensitive(model.network)
 
-    def drawn(n, batch_size, exact=None, classes=None):
-        request = SampleRequest(n=n, batch_size=batch_size, exact=exact, classes=classes)
-        return torch.cat(list(draw(model, request, choose(model, n, classes))))
+    def drawn(n, batch_size, exact=None):
+        batch = choose(model, n).batch
+        return torch.cat(list(draw(model, n, batch, batch_size=batch_size, exact=exact)))
 
     whole = drawn(20, 64)
     assert len(whole) == 20
@@ -201,7 +202,7 @@ def test_exactness_does_not_rest_on_luck(runs):
 def test_without_exact_only_rounding_changes(runs):
     model = ldm.load(runs / "eps")
     drawn = [
-        torch.cat(list(draw(model, SampleRequest(n=6, batch_size=size, exact=exact), choose(model, 6))))
+        torch.cat(list(draw(model, 6, choose(model, 6).batch, batch_size=size, exact=exact)))
         for size, exact in ((1, False), (4, False), (64, True))
     ]
     for other in drawn[1:]:
@@ -241,15 +242,15 @@ def test_request_goes_before_the_models_own(runs):
         "eta": 0.5,
         "spacing": "quad",
     }
-    own = SampleRequest().settings(model)
-    assert own == model.description["sampling"] | {"shift": None}
-    assert SampleRequest(steps=9, guidance=0.0).settings(model) == own | {"steps": 9, "guidance": 0.0}
+    own = Sampling.of(model)
+    assert own.facts() == model.description["sampling"] and own.shift is None
+    assert Sampling.of(model, steps=9, guidance=0.0) == replace(own, steps=9, guidance=0.0)
     # Noise and spacing were meant for the model's own sampler.
-    other = SampleRequest(sampler="heun").settings(model)
-    assert other == own | {"sampler": "heun", "eta": None, "spacing": None}
-    assert SampleRequest(sampler="ddim").settings(model) == own
+    other = Sampling.of(model, "heun")
+    assert other == replace(own, sampler="heun", options={}, spacing=None)
+    assert Sampling.of(model, sampler="ddim") == own
     model.description["sampling"] = None
-    assert SampleRequest().settings(model)["steps"] == 30
+    assert Sampling.of(model).steps == 30
 
 
 def test_settings_reach_the_sampler(runs, tmp_path, cli):
@@ -262,16 +263,28 @@ def test_settings_reach_the_sampler(runs, tmp_path, cli):
     plain = drawn("--steps", 6)
     assert plain == drawn("--steps", 6, "--sampler", "euler", "--spacing", "linspace", "--seed", 0, "--ema")
     assert plain == drawn("--steps", 6, "--sampler", "ddim", "--eta", 0)
+    noisy = ("--steps", 6, "--sampler", "ddim")
+    assert drawn(*noisy, "--eta", 0.5) == drawn(*noisy, "--option", "eta=0.5")
     changes = (
         ("--steps", 5),
         ("--steps", 6, "--guidance", 1),
         ("--steps", 6, "--sampler", "ddim", "--eta", 1),
+        ("--steps", 6, "--sampler", "ddpm", "--option", "variance=large"),
         ("--steps", 6, "--spacing", "karras"),
         ("--steps", 6, "--seed", 1),
     )
     others = [drawn(*change) for change in changes]
     assert plain not in others
     assert len(set(others)) == len(others)
+
+
+def test_python_draws_the_same_images(runs, tmp_path, cli):
+    result = cli("sample", runs / "flow", "--n", 20, "--seed", 3, "--sampler", "ddpm", "--out", tmp_path)
+    assert result.status == 0, result.err
+    labels = torch.arange(20) % len(CLASSES)
+    batches = ldm.draw(ldm.load(runs / "flow"), conditions={"label": labels}, seed=3, sampler="ddpm")
+    drawn = np.concatenate([results.to_uint8(images) for images in batches])
+    assert np.array_equal(drawn, [pixels(path) for path in sorted(tmp_path.glob("0*.png"))])
 
 
 def test_averaged_and_raw_weights(runs, tmp_path, cli):
@@ -334,8 +347,18 @@ def test_half_precision(runs, tmp_path, cli):
             1,
             "'eulr' is unknown; there are ddpm, ddim, plms, euler, heun, dpmpp_2m",
         ),
-        ("flow", ("--eta", "0.5"), 1, "--eta belongs to the ddim sampler, not to euler"),
-        ("flow", ("--sampler", "ddim", "--eta", "2"), 1, "--eta 2 must be from 0 to 1"),
+        ("flow", ("--eta", "0.5"), 1, "eta belongs to the ddim sampler, not to euler, which takes no opt"),
+        ("flow", ("--sampler", "ddim", "--eta", "2"), 1, "eta must be in .0, 1., got 2"),
+        ("flow", ("--sampler", "ddim", "--option", "etta=1"), 1, "etta is no option of ddim, .* mean eta"),
+        (
+            "flow",
+            ("--sampler", "ddim", "--option", "eta=no"),
+            1,
+            "eta of the .* ddim: expected float, got F",
+        ),
+        ("flow", ("--option", "eta"), 2, "--option eta: must be NAME=VALUE"),
+        ("flow", ("--option", "eta=[1"), 2, "--option eta=.1: a value is not YAML"),
+        ("flow", ("--sampler", "no_such.sampler"), 1, "cannot import no_such"),
         ("flow", ("--spacing", "karras"), 1, "spacing is 'karras', must be one of uniform"),
         (
             "eps",
@@ -344,12 +367,12 @@ def test_half_precision(runs, tmp_path, cli):
             "must be one of uniform, quad, trailing, leading, linspace, .*karras",
         ),
         ("eps", ("--steps", "1001"), 1, "from 1 to the schedule's 1000 timesteps"),
-        ("flow", ("--device", "tpu"), 1, "--device tpu is no device"),
-        ("flow", ("--device", "meta"), 1, "--device meta is not supported"),
+        ("flow", ("--device", "tpu"), 1, "--device tpu is none of auto, cpu, cuda"),
+        ("flow", ("--device", "meta"), 1, "--device meta is none of auto, cpu"),
         ("flow", ("--precision", "8"), 1, "--precision 8 is unknown; there are auto, 32, bf16, fp16"),
         ("flow", ("--steps", "many"), 2, "Invalid value for '--steps': must be a whole number, got 'many'"),
         ("flow", ("--n", "0"), 2, "Invalid value for '--n': must be at least 1, got '0'"),
-        ("flow", ("--shift", "0"), 1, "a finite shift above 0"),
+        ("flow", ("--shift", "0"), 1, "shift must be a finite number above 0"),
         ("eps", ("--shift", "2"), 1, "shift 2 belongs to flow models"),
         ("flow", ("--seed", "-1"), 2, "--seed"),
         ("flow", ("--batch-size", "0"), 2, "--batch-size"),
@@ -370,7 +393,7 @@ def test_mistakes(runs, tmp_path, cli, model, options, status, message):
 def test_no_gpu_here(runs, tmp_path, cli):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert "torch sees no GPU here" in cli("sample", runs / "flow", "--device", "cuda", "--out", tmp_path).err
+    assert "torch sees 0 GPUs here" in cli("sample", runs / "flow", "--device", "cuda", "--out", tmp_path).err
 
 
 def test_guidance_of_a_model_that_never_dropped_its_classes(tmp_path, cli):
@@ -401,11 +424,11 @@ def test_a_bug_keeps_its_traceback(runs, tmp_path, cli, monkeypatch):
     def broken(*args, **kwargs):
         raise KeyError("bug")
 
-    monkeypatch.setattr(sampling, "to_uint8", broken)
+    monkeypatch.setattr(results, "to_uint8", broken)
     with pytest.raises(KeyError, match="bug"):
         cli("sample", runs / "flow", "--out", tmp_path / "a")
     # A ValueError from inside torch was not written for the user either.
-    monkeypatch.setattr(sampling, "to_uint8", lambda images: torch.distributions.Normal(0.0, -1.0))
+    monkeypatch.setattr(results, "to_uint8", lambda images: torch.distributions.Normal(0.0, -1.0))
     with pytest.raises(ValueError, match="constraint"):
         cli("sample", runs / "flow", "--out", tmp_path / "b")
 
@@ -431,8 +454,7 @@ def test_shift_moves_the_steps_of_a_flow_model(runs, tmp_path, cli):
     assert drawn[()] == drawn["--shift", 1] != drawn["--shift", 3]
     assert facts(out / "00000-cat.png")["shift"] == 3
     model.description["sampling"]["shift"] = 3.0
-    own = SampleRequest(steps=4).settings(model)
-    assert own["shift"] == 3 and SampleRequest(shift=1.0).settings(model)["shift"] == 1
+    assert Sampling.of(model, steps=4).shift == 3 and Sampling.of(model, shift=1.0).shift == 1
 
 
 # Files
@@ -666,18 +688,17 @@ def test_other_conditions_are_not_guessed(runs):
 def test_unknown_settings_of_the_model(runs):
     model = ldm.load(runs / "flow")
     model.description["sampling"] = {"sampler": "euler", "sigma_max": 80}
-    with pytest.raises(ValueError, match="unknown keys: sigma_max"):
-        SampleRequest().settings(model)
+    with pytest.raises(ValueError, match="sampling.sigma_max: unknown"):
+        Sampling.of(model)
 
 
 def test_archive_keeps_nothing_in_memory(tmp_path):
     batch = np.zeros((100, 100, 100), dtype=np.uint8)
-    with NpzWriter.at(tmp_path / "a", 500) as archive:
+    with npz_file(tmp_path / "a", 500) as add:
         for count in range(1, 6):
-            archive.add(batch)
+            add(batch)
             (partial,) = tmp_path.glob(".a.*.partial")
             assert partial.stat().st_size >= (count - 1) * batch.nbytes
-        archive.finish(None)
     with np.load(tmp_path / "a") as loaded:
         assert loaded["arr_0"].shape == (500, 100, 100, 1)
         assert loaded.files == ["arr_0"]
@@ -686,17 +707,15 @@ def test_archive_keeps_nothing_in_memory(tmp_path):
 def test_archive_is_written_as_it_comes_and_is_the_same_bytes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (10, 6, 5), dtype=np.uint8)
     for name, size in (("a", 3), ("b", 10)):
-        with NpzWriter.at(tmp_path / name, 10) as archive:
+        with npz_file(tmp_path / name, 10, list(range(10))) as add:
             for start in range(0, 10, size):
-                archive.add(images[start : start + size])
-            archive.finish(list(range(10)))
+                add(images[start : start + size])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with np.load(tmp_path / "a") as loaded:
         assert np.array_equal(loaded["arr_0"], images[..., None])
         assert loaded["arr_1"].tolist() == list(range(10))
-    with pytest.raises(RuntimeError, match="3 of 4"), NpzWriter.at(tmp_path / "c", 4) as archive:
-        archive.add(images[:3])
-        archive.finish(None)
+    with pytest.raises(RuntimeError, match="3 of 4"), npz_file(tmp_path / "c", 4) as add:
+        add(images[:3])
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 

@@ -17,14 +17,14 @@ from tiny_runs import SIZE, class_embedder, description, first_stage_description
 
 import ldm
 from ldm.checkpoints import native
-from ldm.cli import sampling
-from ldm.cli.conditions import choose
-from ldm.cli.images import Pictures, find_images
-from ldm.cli.sampling import SampleRequest, draw
+from ldm.cli import results
+from ldm.cli.wanted import choose
 from ldm.conditioning import ClassEmbedder, Conditioner, ImageEmbedder
 from ldm.data import ImageFolder
+from ldm.data.images.given import Pictures, find_images
 from ldm.models.vit import VisionTransformer
 from ldm.nn.patch import interpolate_positions
+from ldm.sampling import draw
 from ldm.training.methods.first_stage import load_encoders
 
 __all__ = ["cli"]
@@ -453,7 +453,7 @@ def test_sheets_of_many(models, photos, tmp_path, cli, monkeypatch):
     fixed = ("sample", models / "image", "--steps", 1, "--out", tmp_path / "out", "--overwrite")
     assert cli(*fixed, "--image", photos / "a.png", "--n", 21).status == 0
     assert Image.open(tmp_path / "out" / "grid.png").size == (5 * 66 + 2, 5 * 66 + 2)  # longer than a row
-    monkeypatch.setattr(sampling, "_GRID_MOST", 6)
+    monkeypatch.setattr(results, "_GRID_MOST", 6)
     result = cli(*fixed, "--image", photos, "--n", 2)
     assert "the first 4 on one sheet" in result.out
     assert Image.open(tmp_path / "out" / "grid.png").size == (68 + 8 + 2 * 66 + 2, 2 * 66 + 2)
@@ -503,7 +503,7 @@ def test_images_are_those_of_training(models, photos):
     assert [wanted.pictures.path(i) for i in range(5)] == [dataset.path(i) for i in range(5)]
     expected = torch.stack([dataset[i]["image"] for i in range(5)])
     assert torch.equal(wanted.images(range(5)), expected)
-    grey = Pictures(*find_images(photos)[:2], SIZE, 1)
+    grey = Pictures(*find_images(photos), SIZE, 1)
     assert grey.pixels(0).shape == (1, SIZE, SIZE)
 
 
@@ -512,9 +512,9 @@ def test_the_model_sees_these_images(models, photos, options):
     model = ldm.load(models / "both")
     given = []
     model.conditioner.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    request = SampleRequest(n=3, classes="2,0", image=photos, guidance=1.0, steps=1, **options)
-    wanted = choose(model, request.n, request.classes, request.image)
-    assert sum(len(images) for images in draw(model, request, wanted)) == 18
+    wanted = choose(model, 3, "2,0", photos)
+    drawn = draw(model, wanted.count, wanted.batch, guidance=1.0, steps=1, **options)
+    assert sum(len(images) for images in drawn) == 18
     assert len(given) > 1
     labels, shown = (torch.cat([batch[key] for batch in given])[:18] for key in ("label", "image"))
     assert labels.tolist() == [2, 2, 2, 0, 0, 0] * 3
@@ -528,8 +528,12 @@ def test_the_model_sees_these_images(models, photos, options):
     [
         ("image", (), "draws variations of images: give --image PATH, an image or a folder of images"),
         ("both", ("--classes", "cat"), "give --image PATH"),
-        ("classes", ("--image", "photos"), "not conditioned on images; it is conditioned on classes: see"),
-        ("nothing", ("--image", "photos"), "not conditioned on images; it is conditioned on nothing"),
+        (
+            "classes",
+            ("--image", "photos"),
+            "conditioned on classes: see --classes, not on images",
+        ),
+        ("nothing", ("--image", "photos"), "this model is conditioned on nothing, not on images"),
         ("image", ("--image", "photos", "--classes", "cat"), "this model is not conditioned on classes"),
         ("both", ("--image", "photos", "--classes", "cta"), "Did you mean 'cat'"),
         ("image", ("--image", "photso"), "photso does not exist; did you mean .*photos"),

@@ -456,7 +456,7 @@ def test_errors_say_what_is_missing():
         ddpm(gaussian(), x, sigmas)
     with pytest.raises(ValueError, match="needs noise_fn"):
         ddim(gaussian(), x, sigmas, eta=0.5)
-    with pytest.raises(ValueError, match="eta is 2"):
+    with pytest.raises(ValueError, match="eta must be in .0, 1., got 2"):
         ddim(gaussian(), x, sigmas, eta=2)
     with pytest.raises(ValueError, match="variance is 'tiny'"):
         ddpm(gaussian(), x, sigmas, variance="tiny")

@@ -1,11 +1,13 @@
 """Classes of the user's own in a run, and first stages that other projects trained: train, go on, sample."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import training_runs as T
+from PIL import Image
 from published_files import lightning_checkpoint, weights_of
 from reference_data import ROOT
 
@@ -24,6 +26,10 @@ class MyUNet(UNetModel):
 
 class MyAutoencoder(AutoencoderKL):
     pass
+
+
+def my_sampler(denoise, x, sigmas, *, noise_fn=None, callback=None, share: float = 1.0):
+    return share * denoise(x, sigmas[0].expand(len(x)))
 """
 
 
@@ -67,6 +73,26 @@ def test_sampling_wants_the_yaml_that_names_them(place):
     )
     assert drawn.returncode == 0, drawn.stderr
     assert len(list((place / "out").glob("0*.png"))) == 1
+
+
+def test_an_own_sampler_draws_the_grids_and_later_where_the_yaml_names_it(place):
+    sampler = ["sampling.sampler=my_models.my_sampler", "sampling.options.share=0.25"]
+    known = f"first_stage_config={place / 'ae.yaml'}"
+    settings = ["ldm.yaml", "name=sampled", "training.steps=1", "logging.images_every=1", known, *sampler]
+    trained = run(place, "train.py", *settings)
+    assert trained.returncode == 0, trained.stderr
+    assert list((place / "runs" / "sampled" / "images").iterdir())
+    command = ("sample.py", "runs/sampled", "--n", "1", "--config", "runs/sampled/config.yaml", "--out")
+    drawn = run(place, *command, "own")
+    assert drawn.returncode == 0, drawn.stderr
+    (image,) = (place / "own").glob("0*.png")
+    facts = json.loads(Image.open(image).text["ldm"])
+    assert facts["sampler"] == "my_models.my_sampler" and facts["share"] == 0.25
+    # The YAML of another run has the classes, but not this sampler.
+    other = ("sample.py", "runs/sampled", "--n", "1", "--config", "runs/ldm/config.yaml", "--out", "other")
+    refused = run(place, *other)
+    assert refused.returncode == 1 and "my_models.my_sampler is code outside ldm" in refused.stderr
+    assert run(place, *other, "--sampler", "my_models.my_sampler").returncode == 0
 
 
 def test_a_first_stage_with_own_classes_is_not_believed_by_itself(place):

@@ -19,7 +19,7 @@ from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.dit import DiT
 from ldm.models.unet import UNetModel
 from ldm.training import train
-from ldm.training.run_config import load_run
+from ldm.training.run_config import complete_yaml, load_run
 
 CPU = torch.device("cpu")
 SHIPPED = T.ROOT / "configs" / "diffusion"
@@ -306,6 +306,26 @@ def test_shift_auto_follows_from_the_latents(place):
     assert built.sampling["shift"] == shift
     assert stage(path, ["sampling.shift=3"]).sampling["shift"] == 3
     assert load_run(path)[0].sampling.shift == "auto"  # as the run folder keeps it
+
+
+def test_options_of_the_sampler_in_a_config(place):
+    """Under `options`; beside the sampler, as older files have `eta`, it is read and written anew."""
+    config = copy.deepcopy(T.diffusion_config(place / "images", place / "runs", place / "runs" / "ae"))
+    for name, own in (("new", {"options": {"eta": 0.5}}), ("old", {"eta": 0.5})):
+        config["sampling"] = {"sampler": "ddim", "steps": 2, **own}
+        path = T.write_config(place / f"options-{name}.yaml", config)
+        built = stage(path, [])
+        assert built.draw.settings.options == built.description["sampling"]["options"] == {"eta": 0.5}
+        assert "eta" not in built.description["sampling"] and "eta: 0.5" in complete_yaml(*load_run(path))
+    path = place / "options-new.yaml"
+    assert load_run(path, ["sampling.options.eta=1"])[1].sampling.options == {"eta": 1}
+    other = ["sampling.sampler=ddpm", "sampling.options.variance=large"]
+    with pytest.raises(ConfigError, match="sampling: eta belongs to the ddim sampler, not to ddpm"):
+        load_run(path, other)
+    without = load_run(path, [*other, "sampling.options.eta=null"])[1].sampling
+    assert without.options == {"variance": "large"}
+    with pytest.raises(ConfigError, match="options-old.yaml:.* eta belongs to the ddim sampler, not to plms"):
+        load_run(place / "options-old.yaml", ["sampling.sampler=plms"])
 
 
 def test_shift_of_discrete_steps_is_refused(place):

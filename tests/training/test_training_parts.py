@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from ldm.sampling import Sampling
 from ldm.training.ema import EMA
 from ldm.training.loop import progress as progress_module
 from ldm.training.loop.logs import CSVLogs, CSVTable, make_loggers
@@ -24,7 +25,7 @@ from ldm.training.networks import channels_last
 from ldm.training.optimization import base_lr, clip_gradients, guarded_step, lr_factor, make_optimizer
 from ldm.training.run import Run
 from ldm.training.run_config import RunConfig
-from ldm.training.settings import LoggingSettings, OptimizerSettings, SamplingSettings, TrainingSettings
+from ldm.training.settings import LoggingSettings, OptimizerSettings, TrainingSettings
 
 # The learning rate
 
@@ -358,10 +359,10 @@ def test_tensorboard_missing_is_said(tmp_path, monkeypatch, caplog):
         (LoggingSettings, {"images_every": 0}, "images_every .* or null for none"),
         (LoggingSettings, {"validate_every": -1}, "validate_every .* or null for none"),
         (LoggingSettings, {"validation_batches": 0}, "validation_batches must be"),
-        (SamplingSettings, {"sampler": "eular"}, "sampler 'eular' is unknown; there are .*ddim.*euler"),
-        (SamplingSettings, {"steps": 0}, "steps must be"),
-        (SamplingSettings, {"sampler": "ddim", "eta": -1.0}, "eta must be"),
-        (SamplingSettings, {"sampler": "euler", "eta": 0.5}, "eta belongs to the ddim sampler"),
+        (Sampling, {"sampler": "eular"}, "sampler 'eular' is unknown; there are .*ddim.*euler"),
+        (Sampling, {"steps": 0}, "steps must be"),
+        (Sampling, {"sampler": "ddim", "eta": -1.0}, "eta must be"),
+        (Sampling, {"sampler": "euler", "eta": 0.5}, "eta belongs to the ddim sampler"),
     ],
 )
 def test_settings_name_what_is_wrong_and_what_is_allowed(kind, values, message):
@@ -370,7 +371,7 @@ def test_settings_name_what_is_wrong_and_what_is_allowed(kind, values, message):
 
 
 def test_settings_defaults_and_none_where_it_is_allowed():
-    for kind in (TrainingSettings, OptimizerSettings, LoggingSettings, SamplingSettings):
+    for kind in (TrainingSettings, OptimizerSettings, LoggingSettings, Sampling):
         kind()
     TrainingSettings(ema=None, checkpoint_every=None)
     assert TrainingSettings(precision=32).precision == "32"

@@ -18,8 +18,9 @@ from ldm.data.images.grid import led_rows, pixel_grid, to_uint8
 from ldm.diffusion.objective import Objective
 from ldm.diffusion.random import normal, uniform
 from ldm.diffusion.schedule import resolution_shift
-from ldm.latent_diffusion import LatentDiffusion, sample
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.dit import DiT
+from ldm.sampling import Sampling, sample
 from ldm.training.method import Figures, Method
 from ldm.training.methods.autoencoder import check_images
 from ldm.training.methods.first_stage import FirstStage, load_encoders
@@ -27,7 +28,6 @@ from ldm.training.methods.misfits import check_conditions, misfits
 from ldm.training.networks import channels_last
 from ldm.training.run import Run, spread
 from ldm.training.run_config import RunConfig
-from ldm.training.settings import SamplingSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class DiffusionKeys(RunConfig):
     cache: bool = True
     cache_dtype: Literal["auto", "float32", "float16"] = "auto"
     latent_scale: float | Literal["auto"] = "auto"
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: Sampling = field(default_factory=Sampling)
     init_from: str | None = None
 
     def __post_init__(self):
@@ -92,7 +92,7 @@ class DiffusionMethod(Method):
         model.first_stage_model.requires_grad_(False)
         self.objective, self._first_stage = objective, first_stage
         self.train()
-        self._sampling: SamplingSettings = run.keys.sampling
+        self._sampling: Sampling = run.keys.sampling
         self.sampling = asdict(self._sampling)
         self._shown_set, self._shown_batch = run.shown, None
 
@@ -248,7 +248,7 @@ class DiffusionMethod(Method):
         }
 
     def _sample(self, model: LatentDiffusion, cond: dict[str, Tensor] | None, count: int) -> Tensor:
-        return sample(model, count, cond, seed=self.seed, **self.sampling)
+        return sample(model, count, cond, settings=self._sampling, seed=self.seed)
 
 
 def _start(run: Run, model: LatentDiffusion, first_stage: FirstStage) -> None:

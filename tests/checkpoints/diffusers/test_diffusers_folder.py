@@ -14,7 +14,8 @@ from ldm.checkpoints.diffusers.export import class_table, save_diffusers
 from ldm.checkpoints.diffusers.folder import is_diffusers_folder, load_diffusers
 from ldm.checkpoints.strict import KeyMismatch
 from ldm.conditioning.clip import CLIPTextEmbedder
-from ldm.latent_diffusion import LatentDiffusion, sample
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.sampling import sample
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 
 
@@ -127,7 +128,8 @@ def test_ddim_ends_at_the_same_point_with_the_originals_timesteps(exported):
     x = noise(2, *model.latent_shape)
     with torch.no_grad():
         cond = model.conditioner({"label": torch.tensor([0, 2])})
-    ours = sample(model, cond=cond, noise=x, sampler="ddim", steps=10, spacing="uniform")
+    how = {"sampler": "ddim", "steps": 10, "spacing": "uniform", "guidance": 1.0}
+    ours = sample(model, cond=cond, noise=x, **how)
     theirs = ddim_of_diffusers(folder, x, 10, encoder_hidden_states=cond["crossattn"])
     assert relative_error(ours, theirs) < 1e-5
 

@@ -1,4 +1,4 @@
-"""Images that a command is given: found, cut as training images are, and named where they cannot be read."""
+"""Images that are given to a model: found, cut as training images are, named where they cannot be read."""
 
 import logging
 import os
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data import BadImageError, SequentialBatches, make_loader
-from ldm.data.images.pixels import cut_square, read_image, square_box, to_pixels
+from ldm.data.images.pixels import BadImageError, cut_square, read_image, square_box, to_pixels
 from ldm.data.images.scan import scan_folder
+from ldm.data.loading.loader import make_loader
+from ldm.data.loading.order import SequentialBatches
 from ldm.wording import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -36,17 +37,17 @@ def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
     return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
 
 
-def refuse_inside(out: Path, images: Path) -> None:
-    """ValueError where results would lie among the images that they are made of."""
-    if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
-        raise ValueError(f"--out {out} lies inside {images}, whose images would then include the results")
-
-
 class Pictures(Dataset):
-    """Files as training sees them in its plain view: upright, the centre, resized; uint8 (C, size, size)."""
+    """Files as training sees them in its plain view: upright, the centre, resized; uint8 (C, size, size).
 
-    def __init__(self, folder: Path, paths: list[str], size: int, channels: int):
-        self.folder, self.paths, self.size, self.channels = folder, paths, size, channels
+    folder, paths, unreadable: from `find_images`; `batches` adds to the last what it cannot read.
+    """
+
+    def __init__(
+        self, folder: Path, paths: list[str], unreadable: list[tuple[str, str]], size: int, channels: int
+    ):
+        self.folder, self.paths, self.unreadable = folder, paths, unreadable
+        self.size, self.channels = size, channels
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -69,15 +70,13 @@ class Pictures(Dataset):
         except ValueError as error:  # a mode without a defined brightness
             return index, str(error)
 
-    def batches(
-        self, size: int, workers: int | None = None
-    ) -> Iterator[tuple[list[int], Tensor | None, list[tuple[str, str]]]]:
-        """Of `size` files at a time: the places of those that can be read, their pixels (B, C, H, W), and
-        path and reason of the others."""
+    def batches(self, size: int, workers: int | None = None) -> Iterator[tuple[list[int], Tensor]]:
+        """Of `size` files at a time: the places of those that can be read, and their pixels (B, C, H, W)."""
         if workers is None:
             workers = 0 if len(self) <= FEW else "auto"
         for batch in make_loader(self, SequentialBatches(len(self), size), workers, collate_fn=list):
-            bad = [(self.paths[i], reason) for i, reason in batch if isinstance(reason, str)]
-            good = [(i, pixels) for i, pixels in batch if not isinstance(pixels, str)]
-            stacked = torch.stack([pixels for _, pixels in good]) if good else None
-            yield [i for i, _ in good], stacked, bad
+            self.unreadable += [(self.paths[i], reason) for i, reason in batch if isinstance(reason, str)]
+            read = [(i, pixels) for i, pixels in batch if not isinstance(pixels, str)]
+            if read:
+                places, pixels = zip(*read, strict=True)
+                yield list(places), torch.stack(pixels)
