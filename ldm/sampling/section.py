@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.config import check_section, signatures
+from ldm.config.annotations import mismatch
 from ldm.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
             takes = ", ".join(own) or "no options of its own"
             hint = did_you_mean(option, [*own, *_FIELDS])
             raise ValueError(f"{option} {what} {name}, which takes {takes}{hint}")
-        if problem := signatures.mismatch(value, own[option].annotation):
+        if problem := mismatch(value, own[option].annotation):
             raise ValueError(f"{option} of the sampler {name}: {problem}")
     if options:
         # The ranges are the sampler's to say: one step on a single number, from noise to nothing, asks it.
