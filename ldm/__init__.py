@@ -1,17 +1,25 @@
 """ldm: latent diffusion, from a folder of images to samples."""
 
+import importlib
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "sample"]
+__all__ = ["__version__", "convert", "load", "sample", "save", "train"]
+
+#: Where the public functions are; each comes on first use, so that importing ldm stays quick.
+_HOMES = {
+    "convert": "ldm.checkpoints.convert",
+    "load": "ldm.checkpoints.load",
+    "sample": "ldm.latent_diffusion",
+    "save": "ldm.checkpoints.save",
+    "train": "ldm.training.run",
+}
 
 
 def __getattr__(name: str):
-    # The public functions come on first use: importing ldm stays quick.
-    if name == "load":
-        from ldm.checkpoints import load
-
-        return load
-    if name == "sample":
-        from ldm.latent_diffusion import sample
-
-        return sample
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

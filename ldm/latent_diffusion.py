@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning import Conditioner
 from ldm.conditioning.conditioner import KINDS
 from ldm.diffusion import samplers
@@ -53,6 +54,7 @@ def _computing_type(module: nn.Module, x: Tensor) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
 
 
+@remembers_arguments
 class LatentDiffusion(nn.Module):
     """A diffusion model in the latent space of a first stage (Rombach et al., 2022).
 

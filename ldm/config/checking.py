@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
+from ldm.arguments import record, recorded
 from ldm.config import signatures
 from ldm.config.signatures import as_word, field_types, is_target, nested_dataclass
 from ldm.config.tree import ConfigError, Places, join, locate, parts_of, path_of, places_of, to_plain
@@ -153,7 +154,8 @@ def instantiate(
 ) -> Any:
     """Build what a `target` names from its params, nested targets first; `extra` goes to the outermost only.
 
-    Plain mappings and lists among the params are handed over as dict and list.
+    Plain mappings and lists among the params are handed over as dict and list. What is built remembers target
+    and params (`ldm.arguments`), so that a model with it can be saved.
 
     Raises:
         ConfigError: not a part, a target that may not be called, or the constructor's own ValueError,
@@ -181,8 +183,13 @@ def _build(
         raise ConfigError(f"{locate(places, params_path)}: {', '.join(twice)} comes from the program")
     params = {n: _build(v, join(params_path, n), places, allow_foreign, {}) for n, v in given.items()}
     try:
-        return _resolve(node["target"], allow_foreign)(**params, **extra)
+        function = _resolve(node["target"], allow_foreign)
+        made = function(**params, **extra)
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise ConfigError(f"{locate(places, path)} ({node['target']}): {error}") from error
+    # What a function gives may remember more of itself than that function was told.
+    if type(made) is function or recorded(made) is None:
+        record(made, node["target"], params | dict(extra))
+    return made

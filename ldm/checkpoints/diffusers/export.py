@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import native
-from ldm.checkpoints.architecture import NotExpressible, attention_layers
+from ldm.checkpoints.description import Description, NotExpressible
 from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
 from ldm.checkpoints.diffusers import unet_writing as diffusers_unet
 from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
@@ -30,7 +29,6 @@ from ldm.files import whole_file
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage, VQModel
 from ldm.models.unet import UNetModel
-from ldm.nn.transformer import SpatialTransformer
 from ldm.weights.writing import write_safetensors
 
 NOTE = "ldm.json"
@@ -44,23 +42,21 @@ CONDITIONER = "conditioner/model.safetensors"
 TABLE_PREFIX = "network."
 
 
-def save_diffusers(model: nn.Module, folder: str | Path, description: Mapping | None = None) -> None:
+def save_diffusers(model: nn.Module, folder: str | Path) -> None:
     """Write a model for diffusers; the folder appears whole or not at all.
 
     Args:
         model: a first stage, a UNet, or a `LatentDiffusion` of both.
         folder: must not exist, or be empty.
-        description: of the model, as native files have it; `model.description` where not given.
 
     Raises:
         NotExpressible: something that diffusers' classes do not have, all of it named; nothing is written.
         FileExistsError: there is something in the folder.
     """
     folder = Path(folder).absolute()
-    description = dict(getattr(model, "description", None) or {} if description is None else description)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
-    configs = folder_configs(model, description)
+    configs = folder_configs(model)
     weights = folder_weights(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
@@ -81,39 +77,36 @@ def save_diffusers(model: nn.Module, folder: str | Path, description: Mapping | 
         raise
 
 
-def folder_configs(model: nn.Module, description: Mapping) -> dict[str, dict[str, Any]]:
+def folder_configs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Path within the folder -> JSON object, for every JSON file."""
+    description: Description | None = getattr(model, "description", None)
     if isinstance(model, LatentDiffusion):
-        configs = _model_configs(model, description)
+        configs = _model_configs(model, description.sampling if description else None)
     else:
-        configs = {CONFIG: _part_config(model, description)}
+        configs = {CONFIG: _part_config(model, description.image_size if description else None)}
     configs = {name: {**config, "_diffusers_version": DIFFUSERS_VERSION} for name, config in configs.items()}
-    note = _note(model, description)
-    return configs | ({NOTE: note} if note else {})
+    return configs | ({NOTE: _note(model, description)} if description else {})
 
 
-def _part_config(model: nn.Module, description: Mapping) -> dict[str, Any]:
+def _part_config(model: nn.Module, size: int | list[int] | None) -> dict[str, Any]:
     """The config of a UNet or a first stage alone."""
     if isinstance(model, UNetModel):
         return diffusers_unet.unet_config(model)
-    size = description.get("image_size")
-    side = max(size) if isinstance(size, list | tuple) else size
+    side = max(size) if isinstance(size, list) else size
     # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
     return diffusers_autoencoder.first_stage_config(model, side) | {"scaling_factor": 1.0}
 
 
-def _note(model: nn.Module, description: Mapping) -> dict[str, Any] | None:
-    """Our own record; None where the model has no description in the native format."""
-    if description.get("format") != native.FORMAT:
-        return None
-    note: dict[str, Any] = {"format": NOTE_FORMAT, "description": dict(description)}
+def _note(model: nn.Module, description: Description) -> dict[str, Any]:
+    """Our own record."""
+    note: dict[str, Any] = {"format": NOTE_FORMAT, "description": description.plain()}
     if isinstance(model, LatentDiffusion):
         for name in ("latent_shift", "latent_scale"):
             note[name] = getattr(model, name).flatten().float().tolist()
     return note
 
 
-def _model_configs(model: LatentDiffusion, description: Mapping) -> dict[str, dict[str, Any]]:
+def _model_configs(model: LatentDiffusion, sampling: Mapping | None) -> dict[str, dict[str, Any]]:
     _, height, width = model.latent_shape
     sample_size = height if height == width else [height, width]
     table = class_table(model)
@@ -121,7 +114,7 @@ def _model_configs(model: LatentDiffusion, description: Mapping) -> dict[str, di
         f"unet/{CONFIG}": diffusers_unet.unet_config(
             model.network, sample_size, None if table is None else len(table)
         ),
-        SCHEDULER: diffusers_scheduler.scheduler_config(model.denoiser, description.get("sampling")),
+        SCHEDULER: diffusers_scheduler.scheduler_config(model.denoiser, sampling),
     }
     shift, scale = (
         getattr(model, name).flatten().float().tolist() for name in ("latent_shift", "latent_scale")
@@ -212,7 +205,7 @@ def has_class_table(model: LatentDiffusion) -> bool:
     return (
         isinstance(model.network, UNetModel)
         and model.network.num_classes == "sequential"
-        and not any(isinstance(layer, SpatialTransformer) for layer in attention_layers(model.network))
+        and not diffusers_unet.has_transformers(model.network)
         and len(embedders) == 1
         and isinstance(embedders[0], ClassEmbedder)
         and embedders[0].kind == "vector"

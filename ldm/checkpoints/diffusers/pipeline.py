@@ -4,11 +4,11 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ldm.checkpoints import native
+from ldm.checkpoints.building import build_filled
+from ldm.checkpoints.description import Description
 from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
 from ldm.checkpoints.diffusers import text_encoder as diffusers_text
 from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
@@ -16,25 +16,11 @@ from ldm.checkpoints.diffusers.export import CONFIG, INDEX
 from ldm.checkpoints.diffusers.model_config import explained, read_config
 from ldm.checkpoints.diffusers.part import FIRST_STAGES, NETWORKS, part_tensors, part_tree, prefixed
 from ldm.checkpoints.diffusers.text_encoder import ENCODER, TOKENIZER
-from ldm.checkpoints.strict import load_strict
-from ldm.checkpoints.unfilled import build_unfilled
 from ldm.weights.errors import UnsupportedCheckpoint
 
 log = logging.getLogger(__name__)
 
 _FIRST_STAGE_NAMES = ("vae", "vqvae", "movq", "vqgan")  # of parts, in the pipelines of diffusers
-
-
-def fresh_description(tree: dict, **more: Any) -> dict[str, Any]:
-    """A native description of a model of which nothing else is known."""
-    return {
-        "format": native.FORMAT,
-        "model": tree,
-        "classes": None,
-        "sampling": None,
-        "weights": None,
-        **more,
-    }
 
 
 def load_pipeline(folder: Path, ema: bool) -> nn.Module:
@@ -64,19 +50,19 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
     for what, names in (("not read", unread), ("no counterpart here for", lost)):
         if names:
             log.warning("%s: %s: %s", folder, what, ", ".join(names))
-    model = build_unfilled(tree, str(folder))
-    tensors = prefixed(
-        "model.diffusion_model", part_tensors(folder / network, model.network, configs[network], ema)
-    )
-    if first_stage:
-        part = part_tensors(folder / first_stage, model.first_stage_model, configs[first_stage], ema)
-        tensors |= prefixed("first_stage_model", part)
-    if conditioner:
-        tensors |= prefixed("conditioner", diffusers_text.text_tensors(folder))
-    tensors |= {name: getattr(model, name) for name in ("latent_shift", "latent_scale")}
-    load_strict(model, tensors, where=str(folder), assign=True)
-    described = fresh_description(tree, image_size=list(model.image_size), sampling=sampling)
-    return native.describe(model, described)
+
+    def tensors(model: nn.Module) -> dict[str, Tensor]:
+        found = {name: getattr(model, name) for name in ("latent_shift", "latent_scale")}
+        own = part_tensors(folder / network, model.network, configs[network], ema)
+        found |= prefixed("model.diffusion_model", own)
+        if first_stage:
+            own = part_tensors(folder / first_stage, model.first_stage_model, configs[first_stage], ema)
+            found |= prefixed("first_stage_model", own)
+        return found | (prefixed("conditioner", diffusers_text.text_tensors(folder)) if conditioner else {})
+
+    model = build_filled(tree, tensors, str(folder))
+    model.description = Description(tree, image_size=list(model.image_size), sampling=sampling)
+    return model
 
 
 def _only(

@@ -10,16 +10,10 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.architecture import NotExpressible
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.schedule import (
-    MIN_ALPHAS_CUMPROD,
-    DiscreteSchedule,
-    EDMSchedule,
-    FlowSchedule,
-    make_betas,
-    zero_terminal,
-)
+from ldm.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, make_betas
 from ldm.weights.errors import UnsupportedCheckpoint
 
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -54,42 +48,6 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def named_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
-    """`schedule`, `linear_start`, `linear_end` that give this schedule, or else its `betas` themselves."""
-    for name in ("linear", "sqrt_linear", "sqrt", "cosine"):
-        ends = [_digits(end) for end in _ends(name, schedule)]
-        options = {} if name == "cosine" else dict(zip(("linear_start", "linear_end"), ends, strict=True))
-        found = (1 - make_betas(name, schedule.timesteps, *ends, _COSINE_S)).cumprod(0)
-        if schedule.zero_terminal_snr:
-            found = zero_terminal(found).clamp(min=MIN_ALPHAS_CUMPROD)
-        if torch.allclose(found, schedule.alphas_cumprod, rtol=1e-9, atol=0):
-            return {"schedule": name, **options}
-    return {"betas": schedule.betas.tolist()}
-
-
-def _digits(beta: float) -> float:
-    """0.012 of 0.011999999999999997."""
-    return float(f"{beta:.10g}")
-
-
-def _ends(name: str, schedule: DiscreteSchedule) -> tuple[float, float]:
-    """`linear_start` and `linear_end` of a schedule if it is the one of this name."""
-    power = 2 if name == "sqrt" else 1
-    start, end = schedule.betas[0].item() ** power, schedule.betas[-1].item() ** power
-    if not schedule.zero_terminal_snr:
-        return start, end
-    # Of the betas only the first is as it was; the last is sought by halves, from what is left in the middle.
-    low, high, middle = start, 1.0, schedule.timesteps // 2
-    for _ in range(60):
-        end = (low + high) / 2
-        betas = make_betas(name, schedule.timesteps, start, end, _COSINE_S)
-        if zero_terminal((1 - betas).cumprod(0))[middle] > schedule.alphas_cumprod[middle]:
-            low = end
-        else:
-            high = end
-    return start, end
-
-
 def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config of the scheduler that samples as this denoiser is sampled here, `_class_name` included.
 
@@ -117,16 +75,18 @@ def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = No
 
 
 def _discrete_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
-    named = named_betas(schedule)
+    made = arguments_of(schedule)
     config = {"num_train_timesteps": schedule.timesteps}
-    if schedule.zero_terminal_snr:
+    if made["zero_terminal_snr"]:
         config["rescale_betas_zero_snr"] = True
-    if named.get("schedule") not in _TO_BETAS:
-        return config | {"trained_betas": schedule.betas.tolist()}
-    config["beta_schedule"] = _TO_BETAS[named["schedule"]]
-    if "linear_start" in named:
-        config |= {"beta_start": named["linear_start"], "beta_end": named["linear_end"]}
-    return config
+    name, ends = made["schedule"], (made["linear_start"], made["linear_end"])
+    betas = made["betas"]
+    if betas is None and (name not in _TO_BETAS or (name == "cosine" and made["cosine_s"] != _COSINE_S)):
+        betas = make_betas(name, made["timesteps"], *ends, made["cosine_s"])
+    if betas is not None:
+        return config | {"trained_betas": torch.as_tensor(betas, dtype=torch.float64).tolist()}
+    config["beta_schedule"] = _TO_BETAS[name]
+    return config if name == "cosine" else config | dict(zip(("beta_start", "beta_end"), ends, strict=True))
 
 
 def _discrete_class(denoiser: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:

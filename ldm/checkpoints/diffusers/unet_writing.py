@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints.architecture import (
-    NotExpressible,
-    attention_layers,
-    head_layout,
-    layer_width,
-    unet_arguments,
-)
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.models.unet import UNetModel
+from ldm.nn.attention import AttentionBlock
+from ldm.nn.transformer import SpatialTransformer
 
 #: The only values that the UNet here can have.
 FIXED = {
@@ -47,8 +44,7 @@ def unet_config(
             f"diffusers has no class for this {type(unet).__name__}",
             ["its UNets are UNetModels here; its DiTTransformer2DModel embeds the time at other frequencies"],
         )
-    arguments = unet_arguments(unet)
-    transformers = arguments["use_spatial_transformer"]
+    arguments, transformers = arguments_of(unet), has_transformers(unet)
     name = "UNet2DConditionModel" if transformers else "UNet2DModel"
     attends, reasons = _common_reasons(unet, arguments)
     specific = _condition_config if transformers else _plain_config
@@ -124,7 +120,7 @@ def _plain_config(
 
 def _channels_of_heads(unet: UNetModel, reasons: list[str]) -> int | None:
     """UNet2DModel's `attention_head_dim`: channels of a head, the same everywhere; None is one head each."""
-    layouts = {head_layout(layer) for layer in attention_layers(unet)}
+    layouts = {_heads(layer) for layer in attention_layers(unet)}
     channels = {c for _, c in layouts}
     if len(channels) <= 1:
         return channels.pop() if channels else 8
@@ -183,7 +179,7 @@ def _heads_of_levels(unet: UNetModel, reasons: list[str]) -> list[int]:
     """UNet2DConditionModel's `attention_head_dim`: despite its name the number of heads at each level."""
     heads_at: dict[int, int] = {}
     for layer in attention_layers(unet):
-        layout, width = head_layout(layer), layer_width(layer)
+        layout, width = _heads(layer), layer.norm.num_channels
         if layout is None:
             layout = (1, width)
         heads, channels = layout
@@ -204,3 +200,22 @@ def _label_config(num_classes: int | str | None, length: int | None) -> dict[str
         case "continuous":
             return {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 1}
     return {"num_class_embeds": num_classes}
+
+
+def attention_layers(unet: UNetModel) -> list[nn.Module]:
+    """Every SpatialTransformer and AttentionBlock, in the order of the forward pass."""
+    return [m for m in unet.modules() if isinstance(m, SpatialTransformer | AttentionBlock)]
+
+
+def has_transformers(unet: UNetModel) -> bool:
+    return any(isinstance(layer, SpatialTransformer) for layer in attention_layers(unet))
+
+
+def _heads(layer: nn.Module) -> tuple[int, int] | None:
+    """(number of heads, channels of each) of an attention layer; None for a transformer without blocks."""
+    if isinstance(layer, AttentionBlock):
+        return layer.attention.num_heads, layer.qkv.in_channels // layer.attention.num_heads
+    if not len(layer.transformer_blocks):
+        return None
+    attention = layer.transformer_blocks[0].attn1
+    return attention.heads, attention.to_q.out_features // attention.heads

@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints.architecture import NotExpressible, attending_levels, first_stage_arguments
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.model_config import Reader
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.models.autoencoding_engine import AutoencodingEngine
+from ldm.models.encoder_decoder import ddconfig_of
 
 CLASSES = ("AutoencoderKL", "VQModel")
 
@@ -54,9 +56,12 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
             f"diffusers has no class for this {type(model).__name__}",
             ["only a KL first stage, and a VQ one with convolutions around its latent, have one"],
         )
-    arguments = first_stage_arguments(model)
-    dd = arguments["encoder" if engine else "ddconfig"]
-    attends = attending_levels(model)
+    arguments = arguments_of(model)
+    try:
+        dd = ddconfig_of(model.encoder, model.decoder)
+    except ValueError as error:
+        raise NotExpressible(f"diffusers cannot hold this {type(model).__name__}", [str(error)]) from error
+    attends = [len(level.attn) > 0 for level in model.encoder.down]
     _check_expressible(arguments, dd, attends)
     config = {
         "_class_name": "VQModel" if isinstance(model, VQModel) else "AutoencoderKL",
@@ -100,7 +105,7 @@ def _check_expressible(arguments: dict, dd: dict, attends: list[bool]) -> None:
             f"embed_dim {arguments['embed_dim']} is not z_channels {dd['z_channels']}; diffusers has one "
             "number for both"
         )
-    if "remap" in arguments:
+    if arguments.get("remap") is not None:
         reasons.append("the codebook's indices are remapped")
     if reasons:
         raise NotExpressible("diffusers' autoencoders cannot hold this first stage", reasons)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.native import FORMAT
+from ldm.checkpoints import building
+from ldm.checkpoints.description import Description
 from ldm.checkpoints.originals import compvis, openai, sgm
 from ldm.checkpoints.originals.averaged_names import EMA_EXTRAS, EMA_PREFIX, ema_names
 from ldm.checkpoints.originals.original_yaml import Original, read_original
 from ldm.checkpoints.originals.translation import Translated, lookup, set_latent_scale
 from ldm.checkpoints.strict import HARMLESS, IgnoreRule, check_shapes, load_strict
-from ldm.checkpoints.unfilled import build_unfilled
 from ldm.config import ConfigError
 from ldm.config.signatures import resolve_target
 from ldm.weights.errors import CheckpointError
@@ -75,15 +75,12 @@ def load_published(
     for note in original.reading.notes:
         log.info("%s: %s", original.reading.origin, note)
     step = weights.extra.get("global_step")
-    model.description = {
-        "format": FORMAT,
-        "model": translated.node,
-        "classes": None,
-        "sampling": None,
-        "weights": "ema" if averaged else "raw",
-        "step": step if isinstance(step, int) else None,
-        "notes": original.reading.notes,
-    }
+    model.description = Description(
+        translated.node,
+        weights="ema" if averaged else "raw",
+        step=step if isinstance(step, int) else None,
+        notes=original.reading.notes,
+    )
     return model
 
 
@@ -132,7 +129,7 @@ def build_empty(
     Raises:
         ConfigError, UnsupportedCheckpoint: parameters that the classes refuse, parts that do not fit.
     """
-    model = build_unfilled(translated.node, f"{origin} (in this toolkit's terms)")
+    model = building.build_empty(translated.node, f"{origin} (in this toolkit's terms)")
     return model if dtype is None else model.to(dtype=dtype)
 
 
