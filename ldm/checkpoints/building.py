@@ -12,7 +12,7 @@ from torch.nn.modules import module as registration
 
 from ldm import config as configuration
 from ldm.checkpoints.description import targets_of
-from ldm.checkpoints.strict import IgnoreRule, load_strict
+from ldm.checkpoints.strict import load_strict
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
 
@@ -33,7 +33,7 @@ def build_filled(
     where: str,
     *,
     trusted: Collection[str] = (),
-    ignore: tuple[IgnoreRule, ...] = (),
+    ignore: Collection[str] = (),
 ) -> nn.Module:
     """The model of a `{target, params}` tree with these weights, strictly, in eval mode.
 

@@ -381,11 +381,11 @@ def original_text_model(name: str) -> dict:
 
 @pytest.mark.parametrize("name", ["bert", "clip"])
 def test_published_text_conditions_go_back_into_the_originals_format(name, tmp_path, monkeypatch):
-    from ldm.checkpoints.originals import text_versions
+    from ldm.checkpoints.originals import compvis_conditions
     from ldm.checkpoints.originals.original_yaml import read_original
     from ldm.checkpoints.originals.published import build_empty, translate
 
-    monkeypatch.setitem(text_versions.CLIP_VERSIONS, "openai/clip-vit-large-patch14", (768, 1, 12))
+    monkeypatch.setitem(compvis_conditions.CLIP_VERSIONS, "openai/clip-vit-large-patch14", (768, 1, 12))
     tree = original_text_model(name)
     translated = translate(read_original(tree))
     view = translated.view(build_empty(translated))

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoints.diffusers.model_config import read_config
-from ldm.checkpoints.strict import ignored_keys
 from ldm.weights.errors import CorruptCheckpoint
 from ldm.weights.reading import read_weights
 
@@ -65,9 +64,12 @@ def text_tensors(folder: Path) -> dict[str, Tensor]:
     if file is None:
         raise CorruptCheckpoint(str(part), f"has none of {', '.join(_FILES)}")
     tensors = read_weights(file).tensors
-    left_out = ignored_keys(name for name in tensors if name.endswith("position_ids"))
     # Later releases of transformers write the names without their beginning.
-    named = {n if n.startswith(_PREFIX) else _PREFIX + n: t for n, t in tensors.items() if n not in left_out}
+    named = {
+        n if n.startswith(_PREFIX) else _PREFIX + n: t
+        for n, t in tensors.items()
+        if not n.endswith("position_ids")
+    }
     return {f"embedders.0.transformer.{name}": tensor for name, tensor in named.items()}
 
 

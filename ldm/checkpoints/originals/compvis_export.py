@@ -17,7 +17,7 @@ from ldm import config as configuration
 from ldm.checkpoints.building import build_filled
 from ldm.checkpoints.description import Description
 from ldm.checkpoints.originals.compvis_yaml import original_config
-from ldm.checkpoints.strict import HARMLESS
+from ldm.checkpoints.strict import TABLES
 from ldm.files import whole_file
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
@@ -27,8 +27,6 @@ from ldm.weights.reading import Weights, read_weights
 RECORD = "ldm"
 RECORD_FORMAT = "ldm-compvis/1"
 _LATENT = ("latent_shift", "latent_scale")
-#: The schedule's tables are in the original's files; our models have none.
-_TABLES = HARMLESS[:1]
 # Our beginning of a name -> the original's; all other names are the same.
 _CONDITION = ("conditioner.embedders.0.", "cond_stage_model.")
 
@@ -95,7 +93,7 @@ def load_exported(path: str | Path, ema: bool = True) -> nn.Module:
     if not ema and description.weights == "ema":
         raise CheckpointError(where, "holds averaged (EMA) weights only")
     model = build_filled(
-        description.model, lambda model: _our_tensors(model, weights, record), where, ignore=_TABLES
+        description.model, lambda model: _our_tensors(model, weights, record), where, ignore=TABLES
     )
     model.description = description
     return model
