@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from ldm import config as configuration
-from ldm.checkpoints.description import targets_of
+from ldm.checkpoints.description import Description, targets_of
 from ldm.checkpoints.strict import load_strict
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
@@ -28,14 +28,14 @@ _MOST_TIMESTEPS = 1_000_000
 
 
 def build_filled(
-    tree: Mapping[str, Any],
+    description: Description,
     tensors: Mapping[str, Tensor] | Callable[[nn.Module], Mapping[str, Tensor]],
     where: str,
     *,
     trusted: Collection[str] = (),
     ignore: Collection[str] = (),
 ) -> nn.Module:
-    """The model of a `{target, params}` tree with these weights, strictly, in eval mode.
+    """The described model with these weights, strictly, in eval mode; the description is its attribute.
 
     Names and sizes are compared before any memory is taken: a tree may ask for more than there is, and the
     file in which it stands does not.
@@ -49,10 +49,12 @@ def build_filled(
     Raises:
         CheckpointError, ConfigError: as `build_empty` and `load_strict`.
     """
+    tree = description.model
     foreign = any(not target.startswith("ldm.") for target in targets_of(tree))
     model = build(tree, where, trusted) if foreign else build_empty(tree, where)
     found = tensors(model) if callable(tensors) else tensors
     load_strict(model, found, ignore=ignore, where=where, assign=not foreign)
+    model.description = description
     return model
 
 

@@ -84,6 +84,11 @@ class Description(Mapping):
         """What is written to files."""
         return {n: value for n, value in vars(self).items() if value is not None or n not in _OPTIONAL}
 
+    def check_weights(self, ema: bool, where: str, hint: str = "") -> None:
+        """CheckpointError where raw weights are asked for and there are averaged ones only."""
+        if not ema and self.weights == "ema":
+            raise CheckpointError(where, f"holds averaged (EMA) weights only{hint}")
+
     def replaced(self, **changes: Any) -> "Description":
         """The same with other values."""
         return dataclasses.replace(self, **changes)

@@ -56,7 +56,7 @@ def read_description(path: Path) -> dict | None:
         raise CorruptCheckpoint(str(path), f"its description is no JSON: {error}") from error
 
 
-def load_model(path: Path, trusted: Collection[str] = ()) -> nn.Module:
+def load_model(path: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:
     """The model in a `model.safetensors` of ours, strictly."""
     found = read_description(path)
     if found is None:
@@ -65,14 +65,9 @@ def load_model(path: Path, trusted: Collection[str] = ()) -> nn.Module:
             f"holds weights, but no description of their model; {MODEL_FILE} of a run folder has one",
         )
     description = Description.read(found, str(path))
-    return _filled(description, read_weights(path).tensors, str(path), trusted)
-
-
-def _filled(
-    description: Description, tensors: Mapping[str, Tensor], where: str, trusted: Collection[str]
-) -> nn.Module:
-    model = building.build_filled(description.model, tensors, where, trusted=trusted)
-    return describe(model, description)
+    raw = newest_training(path.parent)
+    description.check_weights(ema, str(path), f"; the raw ones are in {raw}" if raw else "")
+    return building.build_filled(description, read_weights(path).tensors, str(path), trusted=trusted)
 
 
 def save_training(path: Path, state: Mapping) -> None:
@@ -117,7 +112,7 @@ def load_training(path: Path, ema: bool = True, trusted: Collection[str] = ()) -
     averaged = state["ema"] if ema else {}
     known = Description.read(state["description"], str(path))
     description = known.replaced(weights="ema" if averaged else "raw", step=state["step"])
-    return _filled(description, {**state["model"], **averaged}, str(path), trusted)
+    return building.build_filled(description, state["model"] | averaged, str(path), trusted=trusted)
 
 
 def newest_training(run: Path) -> Path | None:
@@ -153,19 +148,11 @@ def load_run(run: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.M
         CheckpointError: there are no such weights.
     """
     exported, checkpoint = run / MODEL_FILE, newest_training(run)
-    if exported.exists() and (ema or (checkpoint is None and _holds_raw(exported))):
-        return load_model(exported, trusted)
+    if exported.exists() and (ema or checkpoint is None):
+        return load_model(exported, ema, trusted)
     if checkpoint is None:
-        what = (
-            "holds averaged (EMA) weights only" if exported.exists() else "has no weights yet: train it first"
-        )
-        raise CheckpointError(str(run), what)
+        raise CheckpointError(str(run), "has no weights yet: train it first")
     return load_training(checkpoint, ema, trusted)
-
-
-def _holds_raw(path: Path) -> bool:
-    description = read_description(path)
-    return isinstance(description, Mapping) and description.get("weights") == "raw"
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -56,9 +56,9 @@ def load_diffusers(folder: str | Path, ema: bool = True) -> nn.Module:
         return load_pipeline(folder, ema)
     config = read_config(folder / CONFIG)
     tree = part_tree(config, str(folder / CONFIG))
-    model = build_filled(tree, lambda empty: part_tensors(folder, empty, config, ema), str(folder))
-    model.description = Description(tree)
-    return model
+    return build_filled(
+        Description(tree), lambda model: part_tensors(folder, model, config, ema), str(folder)
+    )
 
 
 def _load_noted(folder: Path, ema: bool) -> nn.Module:
@@ -67,16 +67,14 @@ def _load_noted(folder: Path, ema: bool) -> nn.Module:
     if note.get("format") != NOTE_FORMAT:
         raise CheckpointError(where, f"has format {note.get('format')!r}; this version reads {NOTE_FORMAT!r}")
     description = Description.read(note.get("description"), where)
-    if not ema and description.weights == "ema":
-        raise CheckpointError(str(folder), "holds averaged (EMA) weights only")
+    description.check_weights(ema, str(folder))
 
     def tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(model, LatentDiffusion):
             return _noted_tensors(folder, model, note, ema)
         return part_tensors(folder, model, read_config(folder / CONFIG), ema)
 
-    model = build_filled(description.model, tensors, where)
-    model.description = description
+    model = build_filled(description, tensors, where)
     _check_configs(folder, model)
     if isinstance(model, LatentDiffusion) and diffusers_export.has_class_table(model):
         _check_table(folder, model, ema)

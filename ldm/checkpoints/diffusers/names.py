@@ -83,6 +83,11 @@ _QKV = ("to_q", "to_k", "to_v")
 _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+def places_of(model: nn.Module, class_name: str = "class_embedding") -> Places:
+    """Our name -> place in diffusers, for every parameter of a UNet or a first stage."""
+    return unet_places(model, class_name) if isinstance(model, UNetModel) else first_stage_places(model)
+
+
 def first_stage_places(model: nn.Module) -> Places:
     """Our name -> place in `AutoencoderKL` or `VQModel`, for every parameter of a first stage."""
     kept = ("quant_conv", "post_quant_conv", "quantize")

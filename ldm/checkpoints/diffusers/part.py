@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from ldm.checkpoints.diffusers import unet_reading as diffusers_unet_reading
 from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
 from ldm.checkpoints.diffusers.model_config import explained
-from ldm.checkpoints.diffusers.names import Places, first_stage_places, from_diffusers, unet_places
-from ldm.models.unet import UNetModel
+from ldm.checkpoints.diffusers.names import from_diffusers, places_of
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import read_weights
 
@@ -45,10 +44,8 @@ def part_tensors(folder: Path, model: nn.Module, config: Mapping[str, Any], ema:
     """
     file = weights_file(folder, ema)
     where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
-    places: Places = unet_places(model, where) if isinstance(model, UNetModel) else first_stage_places(model)
-    return from_diffusers(
-        read_weights(file).tensors, places, shapes_of(model), str(file), config["_class_name"]
-    )
+    tensors, places = read_weights(file).tensors, places_of(model, where)
+    return from_diffusers(tensors, places, shapes_of(model), str(file), str(config.get("_class_name")))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

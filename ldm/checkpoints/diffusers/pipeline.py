@@ -60,9 +60,8 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
             found |= prefixed("first_stage_model", own)
         return found | (prefixed("conditioner", diffusers_text.text_tensors(folder)) if conditioner else {})
 
-    model = build_filled(tree, tensors, str(folder))
-    model.description = Description(tree, image_size=list(model.image_size), sampling=sampling)
-    return model
+    described = Description(tree, image_size=tree["params"]["image_size"], sampling=sampling)
+    return build_filled(described, tensors, str(folder))
 
 
 def _only(

@@ -40,8 +40,10 @@ _DEFAULTS_VQ = {**_DEFAULTS, "latent_channels": 3, "num_vq_embeddings": 256, "vq
 _FIXED_KL = {"act_fn": "silu"}
 _FIXED_VQ = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": False}
 _HARMLESS = frozenset({"force_upcast"})
-_ATTENDS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-_ATTENDS_UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+# Blocks by whether their level has attention. With a plain type a level would be built without its attention,
+# and only a warning say so.
+_DOWN = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+_UP = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
 
 
 def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict[str, Any]:
@@ -67,9 +69,8 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
         "_class_name": "VQModel" if isinstance(model, VQModel) else "AutoencoderKL",
         "in_channels": dd["in_channels"],
         "out_channels": dd["out_ch"],
-        # With the plain types a level would be built without its attention, and only a warning say so.
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        "down_block_types": [_DOWN[attention] for attention in attends],
+        "up_block_types": [_UP[attention] for attention in reversed(attends)],
         "block_out_channels": [dd["ch"] * mult for mult in dd["ch_mult"]],
         "layers_per_block": dd["num_res_blocks"],
         "act_fn": "silu",
@@ -85,28 +86,21 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
 
 
 def _check_expressible(arguments: dict, dd: dict, attends: list[bool]) -> None:
-    reasons = []
-    if dd["attn_type"] not in ("vanilla", "none"):
-        reasons.append(
-            f"its attention is {dd['attn_type']}; diffusers' autoencoders have softmax attention only"
-        )
-    if dd["attn_type"] == "none" and any(attends):
-        reasons.append("attn_resolutions names levels, but attn_type is none")
-    if not dd["resamp_with_conv"]:
-        reasons.append("resamp_with_conv is False; diffusers resamples with convolutions")
-    if dd["tanh_out"] or dd["give_pre_end"]:
-        reasons.append("tanh_out and give_pre_end do not exist in diffusers")
-    if dd["ch_mult"][0] != 1:
-        reasons.append(
-            f"ch_mult begins with {dd['ch_mult'][0]}; in diffusers the first convolution has level 0's width"
-        )
-    if dd["double_z"] and arguments.get("embed_dim", dd["z_channels"]) != dd["z_channels"]:
-        reasons.append(
-            f"embed_dim {arguments['embed_dim']} is not z_channels {dd['z_channels']}; diffusers has one "
-            "number for both"
-        )
-    if arguments.get("remap") is not None:
-        reasons.append("the codebook's indices are remapped")
+    embed_dim = arguments.get("embed_dim", dd["z_channels"])
+    found = {
+        f"its attention is {dd['attn_type']}; diffusers' autoencoders have softmax attention only": (
+            dd["attn_type"] not in ("vanilla", "none")
+        ),
+        "attn_resolutions names levels, but attn_type is none": dd["attn_type"] == "none" and any(attends),
+        "resamp_with_conv is False; diffusers resamples with convolutions": not dd["resamp_with_conv"],
+        "tanh_out and give_pre_end do not exist in diffusers": dd["tanh_out"] or dd["give_pre_end"],
+        f"ch_mult begins with {dd['ch_mult'][0]}, in diffusers with 1": dd["ch_mult"][0] != 1,
+        f"embed_dim {embed_dim} is not z_channels {dd['z_channels']}, which is one number in diffusers": (
+            dd["double_z"] and embed_dim != dd["z_channels"]
+        ),
+        "the codebook's indices are remapped": arguments.get("remap") is not None,
+    }
+    reasons = [reason for reason, applies in found.items() if applies]
     if reasons:
         raise NotExpressible("diffusers' autoencoders cannot hold this first stage", reasons)
 
@@ -138,12 +132,11 @@ def first_stage_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _ddconfig(reader: Reader) -> dict[str, Any]:
     widths = reader["block_out_channels"]
     levels = len(widths)
-    attends = [_attends(reader, _ATTENDS, kind) for kind in reader["down_block_types"]]
-    attends_up = [_attends(reader, _ATTENDS_UP, kind) for kind in reader["up_block_types"]]
+    attends, attends_up = _attends(reader, "down_block_types", _DOWN), _attends(reader, "up_block_types", _UP)
     if len(attends) != levels or attends != attends_up[::-1]:
         reader.refuse("attention lies at other levels in the encoder than in the decoder")
     if any(width % widths[0] for width in widths):
-        reader.refuse(f"block_out_channels={widths} are no multiples of the first")
+        reader.refuse_value("block_out_channels", "are no multiples of the first")
     if any(attends) and not reader["mid_block_add_attention"]:
         reader.refuse("there is attention at the levels, but none in the middle")
     # Only the levels count, not the pixels: any size whose halves stay whole will do.
@@ -164,10 +157,12 @@ def _ddconfig(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _attends(reader: Reader, kinds: Mapping[str, bool], kind: str) -> bool:
-    if kind not in kinds:
-        reader.refuse(f"the block type {kind}; known are {', '.join(kinds)}")
-    return kinds[kind]
+def _attends(reader: Reader, key: str, names: Mapping[bool, str]) -> list[bool]:
+    """For each level whether its block type has attention."""
+    kinds = {name: attention for attention, name in names.items()}
+    if not all(kind in kinds for kind in reader[key]):
+        reader.refuse_value(key, f"known are {', '.join(kinds)}")
+    return [kinds[kind] for kind in reader[key]]
 
 
 def latent_scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:

@@ -90,13 +90,8 @@ def load_exported(path: str | Path, ema: bool = True) -> nn.Module:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(where, f"its record {RECORD!r} is damaged: {error!r}") from error
     description = Description.read(found, where)
-    if not ema and description.weights == "ema":
-        raise CheckpointError(where, "holds averaged (EMA) weights only")
-    model = build_filled(
-        description.model, lambda model: _our_tensors(model, weights, record), where, ignore=TABLES
-    )
-    model.description = description
-    return model
+    description.check_weights(ema, where)
+    return build_filled(description, lambda model: _our_tensors(model, weights, record), where, ignore=TABLES)
 
 
 def _our_tensors(model: nn.Module, weights: Weights, record: Mapping) -> dict[str, Tensor]:
@@ -126,23 +121,20 @@ def _folded_latents(model: nn.Module) -> dict[str, Tensor]:
     shift, scale = (getattr(model, name).flatten().double() for name in _LATENT)
     if not shift.any() and (scale == scale[0]).all():
         return {}
-    first_stage = model.first_stage_model
-    weight, bias = (p.double().clone() for p in (first_stage.quant_conv.weight, first_stage.quant_conv.bias))
+    before, after = model.first_stage_model.quant_conv, model.first_stage_model.post_quant_conv
+    weight, bias = before.weight.double().clone(), before.bias.double().clone()
     channels = len(shift)
     weight[:channels] *= scale.reshape(-1, 1, 1, 1)
     bias[:channels] = (bias[:channels] - shift) * scale
     bias[channels:] += 2 * scale.log()
-    out, out_bias = (
-        p.double() for p in (first_stage.post_quant_conv.weight, first_stage.post_quant_conv.bias)
-    )
+    out = after.weight.double()
     folded = {
         "quant_conv.weight": weight,
         "quant_conv.bias": bias,
         "post_quant_conv.weight": out / scale.reshape(1, -1, 1, 1),
-        "post_quant_conv.bias": out_bias + out.flatten(1) @ shift,
+        "post_quant_conv.bias": after.bias.double() + out.flatten(1) @ shift,
     }
-    dtype = first_stage.quant_conv.weight.dtype
-    return {f"first_stage_model.{name}": tensor.to(dtype) for name, tensor in folded.items()}
+    return {f"first_stage_model.{name}": tensor.to(before.weight.dtype) for name, tensor in folded.items()}
 
 
 def _without_slack(value: Any) -> Any:

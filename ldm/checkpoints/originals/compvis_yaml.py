@@ -11,6 +11,7 @@ from ldm.arguments import arguments_of
 from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.originals.compvis_conditions import original_condition
 from ldm.conditioning import ClassLabel
+from ldm.config import signatures
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule
 from ldm.latent_diffusion import LatentDiffusion
@@ -21,33 +22,13 @@ from ldm.models.unet import UNetModel
 _GROUPS = 32  # of every GroupNorm of the original
 _ATTENTIONS = ("vanilla", "linear", "none")
 _NO_LOSS = {"target": "torch.nn.Identity"}
-_UNET_NEEDED = (
-    *("in_channels", "out_channels", "model_channels"),
-    *("num_res_blocks", "attention_resolutions", "channel_mult"),
+# Of the UNet's arguments those that the original has not; of the others it has our defaults, but for one.
+_UNET_OURS = (
+    *("transformer_depth_middle", "disable_middle_transformer", "attn_type", "attn_options", "num_groups"),
+    *("spatial_transformer_attn_type", "image_size", "use_fp16"),
 )
-# Written only where they are not the original's defaults; the last ones came with Stable Diffusion 2.
-_UNET_DEFAULTS: dict[str, Any] = {
-    "dropout": 0,
-    "conv_resample": True,
-    "dims": 2,
-    "num_classes": None,
-    "use_checkpoint": False,
-    "num_heads": -1,
-    "num_head_channels": -1,
-    "num_heads_upsample": -1,
-    "use_scale_shift_norm": False,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-    "use_spatial_transformer": False,
-    "transformer_depth": 1,
-    "context_dim": None,
-    "n_embed": None,
-    "legacy": True,
-    "disable_self_attentions": None,
-    "num_attention_blocks": None,
-    "disable_middle_self_attn": False,
-    "use_linear_in_transformer": False,
-    "adm_in_channels": None,
+_UNET_DEFAULTS = {name: p.default for name, p in signatures.parameters(UNetModel).items()} | {
+    "use_spatial_transformer": False
 }
 
 
@@ -77,8 +58,7 @@ def _latent_diffusion(model: LatentDiffusion, folded: bool, reasons: list[str]) 
     scales = set(model.latent_scale.flatten().tolist())
     if not folded and (len(scales) > 1 or model.latent_shift.any()):
         reasons.append(
-            "its latents have a shift, or a scale for each channel; the original has one scale_factor "
-            "(only an AutoencoderKL's weights can take them up)"
+            "its latents have a shift or a scale for each channel, which only an AutoencoderKL can take up"
         )
     params = {
         **_schedule(model.denoiser, reasons),
@@ -102,10 +82,8 @@ def _schedule(denoiser: Denoiser, reasons: list[str]) -> dict[str, Any]:
     if denoiser.learned_variance:
         reasons.append("its network predicts variances (learned_variance)")
     if not isinstance(schedule, DiscreteSchedule) or denoiser.prediction not in ("eps", "x0", "v"):
-        reasons.append(
-            f"it predicts {denoiser.prediction!r} on a {type(schedule).__name__}; the original knows eps, x0 "
-            "and v over discrete timesteps"
-        )
+        what = f"{denoiser.prediction!r} on a {type(schedule).__name__}"
+        reasons.append(f"it predicts {what}; the original knows eps, x0 and v over discrete timesteps")
         return {}
     if schedule.zero_terminal_snr:
         reasons.append("its schedule ends without signal (zero_terminal_snr)")
@@ -141,9 +119,9 @@ def _unet(unet: nn.Module, image_size: int, reasons: list[str]) -> dict[str, Any
     if found["num_classes"] == "timestep":
         reasons.append('num_classes is "timestep"')
     given = {
-        name: list(found[name]) if isinstance(found[name], tuple) else found[name]
-        for name in (*_UNET_NEEDED, *_UNET_DEFAULTS)
-        if _UNET_DEFAULTS.get(name, ...) != found[name]
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if name not in _UNET_OURS and value != _UNET_DEFAULTS[name]
     }
     return {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
@@ -186,7 +164,7 @@ def _condition(model: LatentDiffusion, reasons: list[str]) -> dict[str, Any]:
         return dict(zip(names, ("crossattn", *found), strict=True))
     listed = ", ".join(f"{type(e).__name__}({e.kind})" for e in embedders)
     reasons.append(
-        f"its conditions are {listed}; written are class labels and, for cross-attention alone, class tokens "
-        "and the texts of BERTEmbedder (with 8 heads of 64) and of CLIP in its published sizes"
+        f"its conditions are {listed}; written are class labels, class tokens, and the texts of BERTEmbedder "
+        "(8 heads of 64) and CLIP (published sizes) for cross-attention alone"
     )
     return {}

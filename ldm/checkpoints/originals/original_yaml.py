@@ -156,7 +156,8 @@ def read_original(config: str | Path | Mapping) -> Original:
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or path
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{origin}: {where}: {reason} (References are to the whole file)") from error
+        hint = "references are to the whole file: give the whole"
+        raise ConfigError(f"{origin}: {where}: {reason} ({hint})") from error
     reading, diffusion = Reading(origin), None
     if not path:
         diffusion = selected.pop("diffusion", None)

@@ -169,7 +169,7 @@ def take_averaged(tensors: dict[str, Tensor], view: nn.Module, beginning: str, w
     if missing:
         raise CheckpointError(
             where,
-            f"has averaged copies, but {len(missing)} are missing; ema=False needs none: {some(missing, 20)}",
+            f"has averaged copies, but {len(missing)} are missing: {some(missing, 20)} (see ema=False)",
         )
     for copy, name in copies.items():
         tensors[beginning + name] = tensors.pop(copy)
