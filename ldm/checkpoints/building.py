@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from ldm import config as configuration
-from ldm.checkpoints.description import Description, targets_of
+from ldm.checkpoints.description import Description, targets_of, values_of
 from ldm.checkpoints.strict import load_strict
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
@@ -122,7 +122,7 @@ def _checked(tree: Mapping[str, Any], where: str, trusted: Collection[str] = ())
         raise CheckpointError(
             where, f"asks for {', '.join(outside)}, which is no part of a model; nothing was built"
         )
-    steps = [n for n in _values_of(tree, "timesteps") if isinstance(n, int | float) and n > _MOST_TIMESTEPS]
+    steps = [n for n in values_of(tree, "timesteps") if isinstance(n, int | float) and n > _MOST_TIMESTEPS]
     if steps:
         raise UnsupportedCheckpoint(where, f"asks for {steps[0]:.4g} timesteps, which is absurd")
     configuration.check(loaded, allow_foreign=trusted)
@@ -183,12 +183,3 @@ def _at_each_parameter(act: Callable) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _values_of(node: Any, key: str) -> Iterator[Any]:
-    if isinstance(node, Mapping):
-        if key in node:
-            yield node[key]
-        node = list(node.values())
-    for item in node if isinstance(node, list) else ():
-        yield from _values_of(item, key)

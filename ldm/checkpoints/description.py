@@ -181,11 +181,21 @@ def _name(thing: Any) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def targets_of(node: Any) -> Iterator[str]:
+def node(target: str, **params: Any) -> dict[str, Any]:
+    """The description of a part of this toolkit, `target` without its `ldm.`."""
+    return {"target": f"ldm.{target}", "params": params}
+
+
+def targets_of(tree: Any) -> Iterator[str]:
     """Every `target` in a tree of plain data."""
-    if isinstance(node, Mapping):
-        if isinstance(node.get("target"), str):
-            yield node["target"]
-        node = list(node.values())
-    for item in node if isinstance(node, list) else ():
-        yield from targets_of(item)
+    return (target for target in values_of(tree, "target") if isinstance(target, str))
+
+
+def values_of(tree: Any, key: str) -> Iterator[Any]:
+    """Everything that stands under this key in a tree of plain data."""
+    if isinstance(tree, Mapping):
+        if key in tree:
+            yield tree[key]
+        tree = list(tree.values())
+    for item in tree if isinstance(tree, list) else ():
+        yield from values_of(item, key)

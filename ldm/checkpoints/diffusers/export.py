@@ -73,9 +73,8 @@ def folder_configs(model: nn.Module) -> dict[str, dict[str, Any]]:
         configs = {CONFIG: diffusers_unet.unet_config(model)}
     else:
         size = known.image_size if known else None
-        config = diffusers_autoencoder.first_stage_config(
-            model, max(size) if isinstance(size, list) else size
-        )
+        side = max(size) if isinstance(size, list) else size
+        config = diffusers_autoencoder.first_stage_config(model, side)
         # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
         configs = {CONFIG: config | {"scaling_factor": 1.0}}
     configs = {name: {**config, "_diffusers_version": DIFFUSERS_VERSION} for name, config in configs.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ldm.arguments import arguments_of
-from ldm.checkpoints.description import NotExpressible
+from ldm.checkpoints.description import NotExpressible, node
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, make_betas
 from ldm.weights.errors import UnsupportedCheckpoint
@@ -91,27 +91,20 @@ def _discrete_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
 
 def _discrete_class(denoiser: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:
     """Class, and how it spaces its steps: as `spacing` asks, else as this schedule does by default."""
-    spacing = sampling.get("spacing") or "trailing"
-    offset = {"uniform": 1}.get(spacing, 0)
-    steps = {"timestep_spacing": "trailing" if spacing == "trailing" else "leading", "steps_offset": offset}
-    if denoiser.learned_variance:  # no other scheduler of diffusers reads it
-        return {
-            "_class_name": "DDPMScheduler",
-            "variance_type": "learned_range",
-            "clip_sample": False,
-            **steps,
-        }
-    if sampling.get("sampler") == "ddpm":
-        return {"_class_name": "DDPMScheduler", "variance_type": "fixed_small", "clip_sample": False, **steps}
-    ends_at_zero = {"set_alpha_to_one": spacing != "uniform"}
-    if (
-        sampling.get("sampler") == "plms"
-        and denoiser.prediction != "x0"
-        and not denoiser.schedule.zero_terminal_snr
-    ):
-        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **ends_at_zero, **steps}
+    spacing, sampler = sampling.get("spacing") or "trailing", sampling.get("sampler")
+    common = {
+        "timestep_spacing": "trailing" if spacing == "trailing" else "leading",
+        "steps_offset": 1 if spacing == "uniform" else 0,
+    }
+    if denoiser.learned_variance or sampler == "ddpm":
+        # No other scheduler of diffusers reads a learned variance.
+        variance = "learned_range" if denoiser.learned_variance else "fixed_small"
+        return {"_class_name": "DDPMScheduler", "variance_type": variance, "clip_sample": False, **common}
+    common["set_alpha_to_one"] = spacing != "uniform"
+    if sampler == "plms" and denoiser.prediction != "x0" and not denoiser.schedule.zero_terminal_snr:
+        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **common}
     # DDIM at eta 0 is what `euler` is here; any other scheduler of diffusers can be made from this config.
-    return {"_class_name": "DDIMScheduler", "clip_sample": False, **ends_at_zero, **steps}
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, **common}
 
 
 def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool) -> dict[str, Any]:
@@ -123,23 +116,22 @@ def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool)
     Raises:
         UnsupportedCheckpoint: another class of scheduler, or an option that changes the schedule.
     """
-    name = config.get("_class_name")
+    name, values = config.get("_class_name"), {**_DEFAULTS, **config}
+
+    def denoiser(prediction: str, schedule: dict, **more: Any) -> dict[str, Any]:
+        made = {"schedule": schedule, "prediction": prediction, "learned_variance": learned_variance}
+        return node("diffusion.denoiser.Denoiser", **made, **more)
+
     if name == _FLOW:
-        return _part(
-            {"target": "ldm.diffusion.schedule.FlowSchedule", "params": {}}, "flow", learned_variance
-        )
+        return denoiser("flow", node("diffusion.schedule.FlowSchedule"))
     if name == _EDM:
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise UnsupportedCheckpoint(where, f"prediction_type={config['prediction_type']!r} of {_EDM}")
+        if values["prediction_type"] != "epsilon":
+            raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} of {_EDM}")
         ends = {"sigma_min": config.get("sigma_min", 0.002), "sigma_max": config.get("sigma_max", 80.0)}
-        part = _part(
-            {"target": "ldm.diffusion.schedule.EDMSchedule", "params": ends}, "edm", learned_variance
-        )
-        part["params"]["sigma_data"] = config.get("sigma_data", 0.5)
-        return part
+        schedule = node("diffusion.schedule.EDMSchedule", **ends)
+        return denoiser("edm", schedule, sigma_data=config.get("sigma_data", 0.5))
     if name not in _SAMPLERS:
         raise UnsupportedCheckpoint(where, f"is a {name}; known are {', '.join(CLASSES)}")
-    values = {**_DEFAULTS, **config}
     if values["prediction_type"] not in _PREDICTIONS:
         raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} is not known")
     if values["trained_betas"] is not None:
@@ -155,13 +147,8 @@ def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool)
             "linear_end": values["beta_end"],
         }
     params["zero_terminal_snr"] = bool(values["rescale_betas_zero_snr"])
-    schedule = {"target": "ldm.diffusion.schedule.DiscreteSchedule", "params": params}
-    return _part(schedule, _PREDICTIONS[values["prediction_type"]], learned_variance)
-
-
-def _part(schedule: dict, prediction: str, learned_variance: bool) -> dict[str, Any]:
-    params = {"schedule": schedule, "prediction": prediction, "learned_variance": learned_variance}
-    return {"target": "ldm.diffusion.denoiser.Denoiser", "params": params}
+    schedule = node("diffusion.schedule.DiscreteSchedule", **params)
+    return denoiser(_PREDICTIONS[values["prediction_type"]], schedule)
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

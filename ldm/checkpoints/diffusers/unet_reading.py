@@ -7,6 +7,7 @@ reason.
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.diffusers.model_config import Reader
 from ldm.checkpoints.diffusers.unet_writing import FIXED
 
@@ -109,7 +110,7 @@ def unet_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "use_spatial_transformer": condition,
         **(_condition_params if condition else _plain_params)(reader, widths, attends),
     }
-    return {"target": "ldm.models.unet.UNetModel", "params": params}
+    return node("models.unet.UNetModel", **params)
 
 
 def _scale_shift(reader: Reader) -> bool:

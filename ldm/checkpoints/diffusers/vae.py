@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ldm.arguments import arguments_of
-from ldm.checkpoints.description import NotExpressible
+from ldm.checkpoints.description import NotExpressible, node
 from ldm.checkpoints.diffusers.model_config import Reader
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.models.autoencoding_engine import AutoencodingEngine
@@ -120,13 +120,14 @@ def first_stage_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if reader["use_quant_conv"] != reader["use_post_quant_conv"]:
             reader.refuse("use_quant_conv and use_post_quant_conv differ")
         if not reader["use_quant_conv"]:
-            params = {"encoder": ddconfig, "decoder": dict(ddconfig), "regularizer": "kl"}
-            return {"target": "ldm.models.autoencoding_engine.AutoencodingEngine", "params": params}
-        params = {"ddconfig": ddconfig, "embed_dim": reader["latent_channels"]}
-        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+            parts = {"encoder": ddconfig, "decoder": dict(ddconfig)}
+            return node("models.autoencoding_engine.AutoencodingEngine", **parts, regularizer="kl")
+        return node(
+            "models.autoencoder.AutoencoderKL", ddconfig=ddconfig, embed_dim=reader["latent_channels"]
+        )
     embed_dim = reader["vq_embed_dim"] or reader["latent_channels"]
-    params = {"ddconfig": ddconfig, "n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
-    return {"target": "ldm.models.autoencoder.VQModel", "params": params}
+    sizes = {"n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
+    return node("models.autoencoder.VQModel", ddconfig=ddconfig, **sizes)
 
 
 def _ddconfig(reader: Reader) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.compvis_conditions import EMBEDDERS
 from ldm.checkpoints.originals.original_yaml import Part
 from ldm.checkpoints.originals.translation import (
@@ -18,7 +19,6 @@ from ldm.checkpoints.originals.translation import (
     arguments_for,
     factor_of,
     lookup,
-    node,
     take_given,
     translated,
 )

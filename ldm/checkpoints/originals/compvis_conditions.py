@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ldm.arguments import arguments_of
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.original_yaml import Part
-from ldm.checkpoints.originals.translation import node, take_given
+from ldm.checkpoints.originals.translation import take_given
 from ldm.conditioning import ClassEmbedder, Embedder
 from ldm.conditioning.bert import BERTEmbedder
 from ldm.conditioning.clip import CLIPTextEmbedder

@@ -13,9 +13,10 @@ Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), Dhariwal & Nichol 202
 from collections.abc import Callable
 from typing import Any
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals import compvis
 from ldm.checkpoints.originals.original_yaml import Part, Reading
-from ldm.checkpoints.originals.translation import Translated, arguments_for, lookup, node, take_given
+from ldm.checkpoints.originals.translation import Translated, arguments_for, lookup, take_given
 from ldm.models.encoder_unet import EncoderUNetModel
 
 NUM_CLASSES = 1000  # of ImageNet: `class_cond` has no other

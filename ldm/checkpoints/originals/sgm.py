@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals import compvis, compvis_conditions
 from ldm.checkpoints.originals.compvis import latent_sizes
 from ldm.checkpoints.originals.original_yaml import Part
 from ldm.checkpoints.originals.sgm_first_stages import FIRST_STAGES
-from ldm.checkpoints.originals.translation import Shell, Translated, lookup, node, take_given, translated
+from ldm.checkpoints.originals.translation import Shell, Translated, lookup, take_given, translated
 
 # Parameters of training and logging, and what is chosen when the model is loaded.
 _ENGINE_IGNORED = (

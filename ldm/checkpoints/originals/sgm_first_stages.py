@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals import compvis
 from ldm.checkpoints.originals.compvis import FIRST_STAGE_TRAINING
 from ldm.checkpoints.originals.original_yaml import Part
-from ldm.checkpoints.originals.translation import Shell, Translated, node, same, take_given, translated
+from ldm.checkpoints.originals.translation import Shell, Translated, same, take_given, translated
 
 AUTOENCODER_TRAINING = (
     *FIRST_STAGE_TRAINING,

@@ -46,11 +46,6 @@ class Shell(nn.Module):
             self.add_module(name, module)
 
 
-def node(target: str, **params: Any) -> dict[str, Any]:
-    """A part of this toolkit, `target` without its `ldm.`."""
-    return {"target": f"ldm.{target}", "params": params}
-
-
 def lookup(part: Part, table: Mapping[str, Callable], what: str) -> Callable:
     """The translator of a part's target; an unknown target is a problem that names the nearest."""
     if part.target not in table:
