@@ -125,7 +125,8 @@ class LatentDiffusion(nn.Module):
             )
         self.latent_shape = (channels, height // factor, width // factor)
         for name, value in (("latent_shift", latent_shift), ("latent_scale", latent_scale)):
-            tensor = torch.as_tensor(value, dtype=torch.float32)
+            # The device is said, so that a model built under a meta device still gets numbers.
+            tensor = torch.as_tensor(value, dtype=torch.float32, device=getattr(value, "device", "cpu"))
             if tensor.ndim and tensor.numel() not in (1, channels):
                 raise ValueError(f"{name} has {tensor.numel()} values, the latents have {channels} channels")
             if not tensor.isfinite().all() or (name == "latent_scale" and not tensor.all()):

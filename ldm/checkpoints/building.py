@@ -13,12 +13,8 @@ from torch.nn.modules import module as registration
 from ldm import config as configuration
 from ldm.checkpoints.description import Description, targets_of, values_of
 from ldm.checkpoints.strict import load_strict
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
 
-WHOLE = "ldm.latent_diffusion.LatentDiffusion"
-#: Parts of a LatentDiffusion that are all parameters; schedule and scale are computed, and need memory.
-_EMPTY = ("first_stage", "network", "conditioner")
 #: Where the parts of a model are. A file of weights builds nothing else: no data set that searches the disk,
 #: no loss that downloads.
 _ROOMS = ("ldm.conditioning", "ldm.diffusion", "ldm.latent_diffusion", "ldm.models", "ldm.nn")
@@ -82,24 +78,11 @@ def build_empty(tree: Mapping[str, Any], where: str) -> nn.Module:
     part = _checked(tree, where)
     try:
         with _limited():
-            if tree["target"] != WHOLE:
-                return _model(_without_memory(lambda: configuration.instantiate(part)), where)
-            params = part.get("params") or {}
-            return LatentDiffusion(**{name: _part(part, name) for name in params}).eval()
+            return _model(_without_memory(lambda: configuration.instantiate(part)), where)
     except (configuration.ConfigError, CheckpointError):
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
         raise UnsupportedCheckpoint(where, f"its parts do not fit together: {error}") from error
-
-
-def _part(whole: Mapping[str, Any], name: str) -> Any:
-    """One argument of a LatentDiffusion."""
-    value = whole["params"][name]
-    if not isinstance(value, Mapping) or "target" not in value:
-        return configuration.to_plain(value)
-    if name in _EMPTY:
-        return _without_memory(lambda: configuration.instantiate(value))
-    return configuration.instantiate(value)
 
 
 def _model(made: Any, where: str) -> nn.Module:

@@ -53,7 +53,7 @@ def load(
     if not path.exists():
         raise FileNotFoundError(_not_found(path))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be None or a floating-point type (torch.bfloat16, ...), got {dtype!r}")
+        raise ValueError(f"dtype must be a floating-point type (torch.bfloat16, ...) or None, got {dtype!r}")
     if config is not None and is_run_config(config) and _describes_itself(path):
         model = _load_own(path, ema, trusted_targets(config))
     elif config is not None:

@@ -20,7 +20,8 @@ from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
 from ldm.checkpoints.diffusers import unet_writing as diffusers_unet
 from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
 from ldm.checkpoints.diffusers.model_config import DIFFUSERS_VERSION
-from ldm.checkpoints.diffusers.names import Places, places_of, to_diffusers
+from ldm.checkpoints.diffusers.names import places_of, to_diffusers
+from ldm.checkpoints.diffusers.part import CLASS_TABLE
 from ldm.conditioning import ClassEmbedder
 from ldm.files import whole_file, whole_folder
 from ldm.latent_diffusion import LatentDiffusion
@@ -149,12 +150,10 @@ def folder_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         return {WEIGHTS: to_diffusers(model.state_dict(), places_of(model))}
     conditioner = dict(model.conditioner.state_dict())
     tensors = model.network.state_dict()
-    table = class_table(model)
-    if table is not None:
-        moved = label_names(model.network)
-        conditioner |= {f"{TABLE_PREFIX}{name}": tensors.pop(name) for name in moved}
-    network = to_diffusers(tensors, network_places(model))
-    files = {f"unet/{WEIGHTS}": network if table is None else {**network, "class_embedding.weight": table}}
+    moved, table = moved_names(model), class_table(model)
+    conditioner |= {f"{TABLE_PREFIX}{name}": tensors.pop(name) for name in moved}
+    network = to_diffusers(tensors, places_of(model.network))
+    files = {f"unet/{WEIGHTS}": network if table is None else {**network, CLASS_TABLE: table}}
     first_stage = model.first_stage_model
     if not isinstance(first_stage, IdentityFirstStage):
         written = to_diffusers(first_stage.state_dict(), places_of(first_stage))
@@ -162,16 +161,11 @@ def folder_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return files | ({CONDITIONER: conditioner} if conditioner else {})
 
 
-def network_places(model: LatentDiffusion) -> Places:
-    """Places of the network's parameters, without those that a table of class embeddings stands for."""
-    places = places_of(model.network)
-    moved = label_names(model.network) if has_class_table(model) else []
-    return {name: place for name, place in places.items() if name not in moved}
-
-
-def label_names(network: UNetModel) -> list[str]:
-    """Parameters of the network for `y`."""
-    return [f"label_emb.{name}" for name, _ in network.label_emb.named_parameters()]
+def moved_names(model: LatentDiffusion) -> list[str]:
+    """Parameters of the network for `y`, where a table of class embeddings stands for them."""
+    if not has_class_table(model):
+        return []
+    return [f"label_emb.{name}" for name, _ in model.network.label_emb.named_parameters()]
 
 
 def has_class_table(model: LatentDiffusion) -> bool:

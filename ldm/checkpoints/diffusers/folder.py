@@ -16,16 +16,14 @@ from ldm.checkpoints.description import Description
 from ldm.checkpoints.diffusers import export as diffusers_export
 from ldm.checkpoints.diffusers.export import CONDITIONER, CONFIG, INDEX, NOTE, NOTE_FORMAT, TABLE_PREFIX
 from ldm.checkpoints.diffusers.model_config import read_config
-from ldm.checkpoints.diffusers.names import from_diffusers
-from ldm.checkpoints.diffusers.part import part_tensors, part_tree, prefixed, shapes_of, weights_file
+from ldm.checkpoints.diffusers.part import CLASS_TABLE, part_tensors, part_tree, prefixed, weights_file
 from ldm.checkpoints.diffusers.pipeline import load_pipeline
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint
 from ldm.weights.reading import read_weights
 
-_TABLE = "class_embedding.weight"
-_TABLE_TOLERANCE = 1e-4  # of its largest entry: it was computed elsewhere
+_TOLERANCE = 1e-4  # of its largest entry: it was computed elsewhere
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -89,41 +87,34 @@ def _noted_tensors(folder: Path, model: LatentDiffusion, note: Mapping, ema: boo
             values = torch.tensor(note[name], dtype=torch.float32)
             tensors[name] = values.reshape(getattr(model, name).shape)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CorruptCheckpoint(
-                str(folder / NOTE), f"its {name} is no list of numbers: {error}"
-            ) from error
+            what = f"its {name} is no list of numbers: {error}"
+            raise CorruptCheckpoint(str(folder / NOTE), what) from error
     conditioner = read_weights(folder / CONDITIONER).tensors if (folder / CONDITIONER).is_file() else {}
-    labels = {n.removeprefix(TABLE_PREFIX): t for n, t in conditioner.items() if n.startswith(TABLE_PREFIX)}
-    tensors |= prefixed(
-        "conditioner", {n: t for n, t in conditioner.items() if not n.startswith(TABLE_PREFIX)}
-    )
-    config = read_config(folder / "unet" / CONFIG)
-    places, file = diffusers_export.network_places(model), weights_file(folder / "unet", ema)
-    found = dict(read_weights(file).tensors)
-    if diffusers_export.has_class_table(model):
-        found.pop(_TABLE, None)  # held against the layers themselves once these are there
-    network = from_diffusers(found, places, shapes_of(model.network), str(file), config["_class_name"])
-    tensors |= prefixed("model.diffusion_model", {**network, **labels})
-    if not isinstance(model.first_stage_model, IdentityFirstStage):
-        part = folder / diffusers_export.first_stage_folder(model.first_stage_model)
-        tensors |= prefixed(
-            "first_stage_model", part_tensors(part, model.first_stage_model, read_config(part / CONFIG), ema)
-        )
+    for name, tensor in conditioner.items():
+        moved = name.removeprefix(TABLE_PREFIX)
+        tensors[f"conditioner.{name}" if moved == name else f"model.diffusion_model.{moved}"] = tensor
+    parts = {"model.diffusion_model": ("unet", model.network)}
+    if not isinstance(first_stage := model.first_stage_model, IdentityFirstStage):
+        parts["first_stage_model"] = (diffusers_export.first_stage_folder(first_stage), first_stage)
+    for prefix, (name, module) in parts.items():
+        config = read_config(folder / name / CONFIG)
+        without = diffusers_export.moved_names(model) if module is model.network else ()
+        tensors |= prefixed(prefix, part_tensors(folder / name, module, config, ema, without))
     return tensors
 
 
 def _check_table(folder: Path, model: LatentDiffusion, ema: bool) -> None:
     """The network's table of classes against the layers that it stands for, which are what is loaded."""
     where = weights_file(folder / "unet", ema)
-    table = read_weights(where).tensors.get(_TABLE)
+    table = read_weights(where).tensors.get(CLASS_TABLE)
     expected = diffusers_export.class_table(model)
     if table is None or table.shape != expected.shape:
-        raise CheckpointError(str(where), f"{_TABLE} is missing or no table of {tuple(expected.shape)}")
-    tolerance = max(_TABLE_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
+        raise CheckpointError(str(where), f"{CLASS_TABLE} is missing or no table of {tuple(expected.shape)}")
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
     if (table.float() - expected.float()).abs().max() > tolerance * expected.float().abs().max():
         raise CheckpointError(
             str(where),
-            f"{_TABLE} was changed after the export: {CONDITIONER} says something else",
+            f"{CLASS_TABLE} was changed after the export: {CONDITIONER} says something else",
         )
 
 

@@ -1,6 +1,6 @@
 """One part of a diffusers folder: a config, and the weights that belong to it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import INDEX, read_weights
 
 FIRST_STAGES, NETWORKS = vae.CLASSES, unet_reading.CLASSES
+CLASS_TABLE = "class_embedding.weight"
 _STEM = "diffusion_pytorch_model"
 _ENDINGS = (".safetensors", f".safetensors{INDEX}", ".bin", f".bin{INDEX}")
 _PARTS = {
@@ -35,15 +36,21 @@ def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _PARTS[kind](config, where)
 
 
-def part_tensors(folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
+def part_tensors(
+    folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool, replaced: Collection[str] = ()
+) -> dict[str, Tensor]:
     """The weights in a part's folder under the names of `model`.
+
+    Args:
+        replaced: parameters of `model` in whose place a table of classes stands; both are left out.
 
     Raises:
         KeyMismatch: keys are missing, extra or of another shape.
     """
     file = weights_file(folder, ema)
     where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
-    tensors, places = read_weights(file).tensors, places_of(model, where)
+    places = {name: place for name, place in places_of(model, where).items() if name not in replaced}
+    tensors = {n: t for n, t in read_weights(file).tensors.items() if not (replaced and n == CLASS_TABLE)}
     return from_diffusers(tensors, places, shapes_of(model), str(file), str(config.get("_class_name")))
 
 

@@ -22,6 +22,7 @@ from ldm.checkpoints.diffusers.part import (
     part_tree,
     prefixed,
 )
+from ldm.checkpoints.originals.compvis import latent_sizes
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import read_weights
 
@@ -104,13 +105,12 @@ def _model_tree(
     """(tree of the LatentDiffusion, defaults for sampling, what of the scheduler has no counterpart here)."""
     in_channels, out_channels = (parts[network]["params"][name] for name in ("in_channels", "out_channels"))
     stage = node("models.autoencoder.IdentityFirstStage", channels=in_channels)
-    channels, factor, shift, scale = in_channels, 1, [0.0], [1.0]
+    shift, scale = [0.0], [1.0]
     if first_stage:
-        stage, params = parts[first_stage], parts[first_stage]["params"]
-        dd = params.get("ddconfig") or params["encoder"]
-        channels, factor = params.get("embed_dim", dd["z_channels"]), 2 ** (len(dd["ch_mult"]) - 1)
+        stage = parts[first_stage]
         with explained(str(folder / first_stage / CONFIG)):
             shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
+    channels, factor = latent_sizes(stage)
     if in_channels != channels:
         raise UnsupportedCheckpoint(
             str(folder),

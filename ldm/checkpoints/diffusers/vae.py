@@ -65,23 +65,23 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
         raise NotExpressible(f"diffusers cannot hold this {type(model).__name__}", [str(error)]) from error
     attends = [len(level.attn) > 0 for level in model.encoder.down]
     _check_expressible(arguments, dd, attends)
+    vq = isinstance(model, VQModel)
     config = {
-        "_class_name": "VQModel" if isinstance(model, VQModel) else "AutoencoderKL",
+        "_class_name": "VQModel" if vq else "AutoencoderKL",
         "in_channels": dd["in_channels"],
         "out_channels": dd["out_ch"],
         "down_block_types": [_DOWN[attention] for attention in attends],
         "up_block_types": [_UP[attention] for attention in reversed(attends)],
         "block_out_channels": [dd["ch"] * mult for mult in dd["ch_mult"]],
         "layers_per_block": dd["num_res_blocks"],
-        "act_fn": "silu",
         "latent_channels": dd["z_channels"],
         "norm_num_groups": dd["num_groups"],
         "sample_size": sample_size or dd["resolution"],  # diffusers divides by it: null will not do
         "mid_block_add_attention": dd["attn_type"] == "vanilla",
+        **(_FIXED_VQ if vq else _FIXED_KL),
     }
-    if isinstance(model, VQModel):
-        return config | {"num_vq_embeddings": arguments["n_embed"], "vq_embed_dim": arguments["embed_dim"],
-                         "norm_type": "group", "lookup_from_codebook": False}  # fmt: skip
+    if vq:
+        return config | {"num_vq_embeddings": arguments["n_embed"], "vq_embed_dim": arguments["embed_dim"]}
     return config | {"use_quant_conv": not engine, "use_post_quant_conv": not engine}
 
 
@@ -112,22 +112,20 @@ def first_stage_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         UnsupportedCheckpoint: something that the first stages here do not have.
     """
     kl = config["_class_name"] == "AutoencoderKL"
-    reader = Reader(
-        config, _DEFAULTS_KL if kl else _DEFAULTS_VQ, _FIXED_KL if kl else _FIXED_VQ, _HARMLESS, where
-    )
+    known = (_DEFAULTS_KL, _FIXED_KL) if kl else (_DEFAULTS_VQ, _FIXED_VQ)
+    reader = Reader(config, *known, _HARMLESS, where)
     ddconfig = _ddconfig(reader) | {"double_z": kl}
-    if kl:
-        if reader["use_quant_conv"] != reader["use_post_quant_conv"]:
-            reader.refuse("use_quant_conv and use_post_quant_conv differ")
-        if not reader["use_quant_conv"]:
-            parts = {"encoder": ddconfig, "decoder": dict(ddconfig)}
-            return node("models.autoencoding_engine.AutoencodingEngine", **parts, regularizer="kl")
-        return node(
-            "models.autoencoder.AutoencoderKL", ddconfig=ddconfig, embed_dim=reader["latent_channels"]
-        )
-    embed_dim = reader["vq_embed_dim"] or reader["latent_channels"]
-    sizes = {"n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
-    return node("models.autoencoder.VQModel", ddconfig=ddconfig, **sizes)
+    if not kl:
+        embed_dim = reader["vq_embed_dim"] or reader["latent_channels"]
+        sizes = {"n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
+        return node("models.autoencoder.VQModel", ddconfig=ddconfig, **sizes)
+    if reader["use_quant_conv"] != reader["use_post_quant_conv"]:
+        reader.refuse("use_quant_conv and use_post_quant_conv differ")
+    if not reader["use_quant_conv"]:
+        parts = {"encoder": ddconfig, "decoder": dict(ddconfig)}
+        return node("models.autoencoding_engine.AutoencodingEngine", **parts, regularizer="kl")
+    channels = reader["latent_channels"]
+    return node("models.autoencoder.AutoencoderKL", ddconfig=ddconfig, embed_dim=channels)
 
 
 def _ddconfig(reader: Reader) -> dict[str, Any]:
@@ -172,11 +170,9 @@ def latent_scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     `latents_mean` and `latents_std` are used as diffusers' SDXL pipelines use them:
     latent = z * latents_std / scaling_factor + latents_mean.
     """
-    defaults = _DEFAULTS_KL if config["_class_name"] == "AutoencoderKL" else _DEFAULTS_VQ
-    values = {**defaults, **config}
-    scale = values["scaling_factor"]
-    shift = values.get("shift_factor") or 0.0
-    mean, std = values.get("latents_mean"), values.get("latents_std")
+    scale = config.get("scaling_factor", _DEFAULTS["scaling_factor"])
+    shift = config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return [float(shift)], [float(scale)]
     return [float(m) for m in mean], [float(scale) / float(s) for s in std]

@@ -96,15 +96,21 @@ def _numbers(value: Any) -> list[int]:
     return [int(number) for number in ([value] if isinstance(value, int) else value)]
 
 
-_DIFFUSION_FLAGS = (
-    "diffusion_steps",
-    "noise_schedule",
-    "timestep_respacing",
-    "predict_xstart",
-    "rescale_timesteps",
-    "sigma_small",
-    *TRAINING,
-)
+# The section `diffusion:` with its defaults, and the flags that have longer names in the projects.
+_DIFFUSION = {
+    "timesteps": 1000,
+    "beta_schedule": "linear",
+    "respacing": "",
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+    "sigma_small": False,
+    "learn_sigma": False,
+}
+_FLAGS = {
+    "diffusion_steps": "timesteps",
+    "noise_schedule": "beta_schedule",
+    "timestep_respacing": "respacing",
+}
 
 
 def create_model(part: Part) -> Translated:
@@ -131,7 +137,8 @@ def sr_create_model_and_diffusion(part: Part) -> Translated:
 
 
 def _diffusion_flags(part: Part) -> dict[str, Any]:
-    given = take_given(part, *_DIFFUSION_FLAGS)
+    alike = ("predict_xstart", "rescale_timesteps", "sigma_small")
+    given = take_given(part, *_FLAGS, *alike, *TRAINING)
     if part.target.startswith("improved_diffusion."):
         given.setdefault("rescale_timesteps", True)  # its default, unlike guided-diffusion's
     return given | {"learn_sigma": bool(part.params.get("learn_sigma", False))}
@@ -162,30 +169,26 @@ def create_classifier(part: Part) -> Translated:
 
 def with_diffusion(network: dict, diffusion: dict, size: int, path: str, reading: Reading) -> Translated:
     """A network as a `LatentDiffusion` over pixels; its file still has the bare network's names."""
-    flags = _Flags(dict(diffusion), f"{path}.diffusion" if path else "diffusion", reading)
-    steps = flags.take("timesteps", "diffusion_steps", 1000)
-    learned = flags.take("learn_sigma", None, False)
-    schedule = {"timesteps": steps}
-    name = flags.take("beta_schedule", "noise_schedule", "linear")
+    path = f"{path}.diffusion" if path else "diffusion"
+    flags = _diffusion_of(diffusion, path, reading)
+    steps, learned, name = flags["timesteps"], flags["learn_sigma"], flags["beta_schedule"]
+    schedule = {"timesteps": steps, "schedule": BETAS.get(name, "cosine")}
     if name not in BETAS:
-        flags.problem("beta_schedule", f"{name!r} is none of {', '.join(BETAS)}")
+        reading.problem(f"{path}.beta_schedule", f"{name!r} is none of {', '.join(BETAS)}")
     elif name == "linear":  # scaled so that any number of steps ends in the same noise
         schedule |= {"linear_start": 1e-4 * 1000 / steps, "linear_end": 2e-2 * 1000 / steps}
-    schedule["schedule"] = BETAS.get(name, "cosine")
-    if flags.take("rescale_timesteps", None, False) and steps != 1000:
-        flags.problem("rescale_timesteps", f"is not supported with {steps} steps, only with 1000")
-    respacing = str(flags.take("respacing", "timestep_respacing", ""))
-    small, start = flags.take("sigma_small", None, False), flags.take("predict_xstart", None, False)
-    flags.finish()
+    if flags["rescale_timesteps"] and steps != 1000:
+        reading.problem(f"{path}.rescale_timesteps", f"is not supported with {steps} steps, only with 1000")
+    respacing = str(flags["respacing"])
     ddim = "leading" if respacing.startswith("ddim") or not respacing else "respaced"
-    variance = "learned" if learned else "small" if small else "large"
+    variance = "learned" if learned else "small" if flags["sigma_small"] else "large"
     whole = node(
         "latent_diffusion.LatentDiffusion",
         first_stage=compvis.pixels(network["params"]["out_channels"] // (2 if learned else 1)),
         network=_joint_network(network),
         denoiser=node(
             "diffusion.denoiser.Denoiser",
-            prediction="x0" if start else "eps",
+            prediction="x0" if flags["predict_xstart"] else "eps",
             learned_variance=bool(learned),
             schedule=node("diffusion.schedule.DiscreteSchedule", **schedule),
         ),
@@ -197,27 +200,18 @@ def with_diffusion(network: dict, diffusion: dict, size: int, path: str, reading
     return Translated(whole, lambda model: model.network)
 
 
-class _Flags:
-    """The section `diffusion:`, in which a flag may have the project's name or a shorter one."""
-
-    def __init__(self, values: dict, path: str, reading: Reading):
-        self.values, self.path, self.reading, self.known = values, path, reading, []
-
-    def take(self, name: str, flag: str | None, default: Any) -> Any:
-        names = [name] if flag is None else [name, flag]
-        self.known += names
-        found = [self.values.pop(key) for key in names if key in self.values]
-        if len(found) > 1:
-            self.problem(name, f"is also given as {flag}")
-        return found[0] if found else default
-
-    def problem(self, name: str, what: str) -> None:
-        self.reading.problem(f"{self.path}.{name}", what)
-
-    def finish(self) -> None:
-        for name in self.values:
-            if name not in TRAINING:
-                self.problem(name, f"unknown (known: {', '.join([*self.known, *TRAINING])})")
+def _diffusion_of(given: dict, path: str, reading: Reading) -> dict[str, Any]:
+    """The section `diffusion:`, all of it, by the shorter names."""
+    flags = dict(given)
+    for flag, name in _FLAGS.items():
+        if flag in flags:
+            if name in flags:
+                reading.problem(f"{path}.{name}", f"is also given as {flag}")
+            flags[name] = flags.pop(flag)
+    known = ", ".join((*_DIFFUSION, *_FLAGS, *TRAINING))
+    for name in [name for name in flags if name not in (*_DIFFUSION, *TRAINING)]:
+        reading.problem(f"{path}.{name}", f"unknown (known: {known})")
+    return _DIFFUSION | flags
 
 
 def _is_super_res(network: dict) -> bool:
