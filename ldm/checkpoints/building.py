@@ -102,9 +102,7 @@ def _checked(tree: Mapping[str, Any], where: str, trusted: Collection[str] = ())
         if target.startswith("ldm.") and not any(target.startswith(f"{room}.") for room in _ROOMS)
     )
     if outside:
-        raise CheckpointError(
-            where, f"asks for {', '.join(outside)}, which is no part of a model; nothing was built"
-        )
+        raise CheckpointError(where, f"asks for {', '.join(outside)}, which is no part of a model")
     steps = [n for n in values_of(tree, "timesteps") if isinstance(n, int | float) and n > _MOST_TIMESTEPS]
     if steps:
         raise UnsupportedCheckpoint(where, f"asks for {steps[0]:.4g} timesteps, which is absurd")

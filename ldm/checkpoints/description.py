@@ -197,5 +197,5 @@ def values_of(tree: Any, key: str) -> Iterator[Any]:
         if key in tree:
             yield tree[key]
         tree = list(tree.values())
-    for item in tree if isinstance(tree, list) else ():
+    for item in tree if isinstance(tree, list | tuple) else ():
         yield from values_of(item, key)

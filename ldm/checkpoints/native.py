@@ -60,13 +60,10 @@ def load_model(path: Path, ema: bool = True, trusted: Collection[str] = ()) -> n
     """The model in a `model.safetensors` of ours, strictly."""
     found = read_description(path)
     if found is None:
-        raise CheckpointError(
-            str(path),
-            f"holds weights, but no description of their model; {MODEL_FILE} of a run folder has one",
-        )
+        raise CheckpointError(str(path), "holds weights, but no description of their model")
     description = Description.read(found, str(path))
-    raw = newest_training(path.parent)
-    description.check_weights(ema, str(path), f"; the raw ones are in {raw}" if raw else "")
+    raw = newest_training(path.parent) or "the run's checkpoints/"
+    description.check_weights(ema, str(path), f"; the raw ones are in {raw}")
     return building.build_filled(description, read_weights(path).tensors, str(path), trusted=trusted)
 
 
@@ -89,9 +86,8 @@ def read_training(path: Path) -> dict:
     try:
         state = read_pickled(path)
     except (CorruptCheckpoint, UnsupportedCheckpoint) as error:
-        raise CorruptCheckpoint(
-            str(path), f"cannot be read as a training checkpoint: {error.reason}"
-        ) from error
+        what = f"cannot be read as a training checkpoint: {error.reason}"
+        raise CorruptCheckpoint(str(path), what) from error
     if not isinstance(state, dict) or not str(state.get("format")).startswith("ldm/"):
         raise CheckpointError(str(path), "is no training checkpoint of this toolkit")
     check_format(state["format"], str(path))

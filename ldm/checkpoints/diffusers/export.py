@@ -110,9 +110,8 @@ def _model_configs(model: LatentDiffusion, sampling: Mapping | None) -> dict[str
         config |= diffusers_autoencoder.scale_config(shift, scale, one_number=one)
         configs[f"{first_stage_folder(first_stage)}/{CONFIG}"] = config
     elif (set(shift), set(scale)) != ({0.0}, {1.0}):
-        raise NotExpressible(
-            "diffusers has no place for it", ["images are shifted and scaled without a first stage"]
-        )
+        reasons = ["images are shifted and scaled without a first stage"]
+        raise NotExpressible("diffusers has no place for it", reasons)
     index = pipeline_index(model, configs, shift, scale)
     return configs | ({INDEX: index} if index else {})
 

@@ -112,10 +112,7 @@ def _check_table(folder: Path, model: LatentDiffusion, ema: bool) -> None:
         raise CheckpointError(str(where), f"{CLASS_TABLE} is missing or no table of {tuple(expected.shape)}")
     tolerance = max(_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
     if (table.float() - expected.float()).abs().max() > tolerance * expected.float().abs().max():
-        raise CheckpointError(
-            str(where),
-            f"{CLASS_TABLE} was changed after the export: {CONDITIONER} says something else",
-        )
+        raise CheckpointError(str(where), f"{CLASS_TABLE} was changed: {CONDITIONER} says something else")
 
 
 def _check_configs(folder: Path, model: nn.Module) -> None:
@@ -134,8 +131,5 @@ def _check_configs(folder: Path, model: nn.Module) -> None:
             if not key.startswith("_diffusers") and found.get(key) != value
         ]
         if changed:
-            raise CheckpointError(
-                str(folder / name),
-                f"was changed after the export: {', '.join(changed)}. Without {NOTE} the folder's parts are "
-                "read by their own configs",
-            )
+            what = f"was changed after the export, unlike {NOTE}: {', '.join(changed)}"
+            raise CheckpointError(str(folder / name), what)

@@ -41,9 +41,8 @@ def explained(where: str) -> Iterator[None]:
     except (CheckpointError, ConfigError):
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise CorruptCheckpoint(
-            where, f"has values that make no sense together: {type(error).__name__}: {error}"
-        ) from error
+        what = f"has values that make no sense together: {type(error).__name__}: {error}"
+        raise CorruptCheckpoint(where, what) from error
 
 
 class Reader:

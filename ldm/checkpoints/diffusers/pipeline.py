@@ -94,9 +94,8 @@ def _only(
     if len(found) == 1 or (optional and not found and not other):
         return found[0] if found else None
     has = ", ".join(f"{name} ({kind})" for name, kind in classes.items()) or "nothing"
-    raise UnsupportedCheckpoint(
-        str(folder / INDEX), f"has {len(found) or 'no'} {what} of class {' or '.join(known)}; it has {has}"
-    )
+    what = f"has {len(found) or 'no'} {what} of class {' or '.join(known)}; it has {has}"
+    raise UnsupportedCheckpoint(str(folder / INDEX), what)
 
 
 def _model_tree(
@@ -112,10 +111,9 @@ def _model_tree(
             shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
     channels, factor = latent_sizes(stage)
     if in_channels != channels:
+        sizes = f"the network takes {in_channels} channels and the latents have {channels}"
         raise UnsupportedCheckpoint(
-            str(folder),
-            f"the network takes {in_channels} channels and the latents have {channels}: no part here makes "
-            "the masks or images that it wants beside them",
+            str(folder), f"{sizes}: nothing in it makes the masks or images beside them"
         )
     where = folder / scheduler / "scheduler_config.json"
     schedule = read_config(where)

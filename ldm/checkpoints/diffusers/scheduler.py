@@ -65,11 +65,9 @@ def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = No
         return {"_class_name": _EDM, "sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max,
                 "sigma_data": denoiser.sigma_data, "prediction_type": "epsilon", "rho": 7.0}  # fmt: skip
     if not isinstance(schedule, DiscreteSchedule) or prediction not in _TO_PREDICTION:
-        raise NotExpressible(
-            "no scheduler of diffusers fits",
-            [f"prediction {prediction!r} on a {type(schedule).__name__}"
-             + (" with a learned variance" if denoiser.learned_variance else "")],
-        )  # fmt: skip
+        learned = " with a learned variance" if denoiser.learned_variance else ""
+        reasons = [f"prediction {prediction!r} on a {type(schedule).__name__}{learned}"]
+        raise NotExpressible("no scheduler of diffusers fits", reasons)
     return {**_discrete_class(denoiser, dict(sampling or {})), **_discrete_betas(schedule),
             "prediction_type": _TO_PREDICTION[prediction]}  # fmt: skip
 

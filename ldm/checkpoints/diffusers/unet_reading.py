@@ -120,15 +120,6 @@ def _scale_shift(reader: Reader) -> bool:
     return kinds[reader["resnet_time_scale_shift"]]
 
 
-def _scale_shift(reader: Reader) -> bool:
-    kinds = {"default": False, "scale_shift": True}
-    if reader["resnet_time_scale_shift"] not in kinds:
-        reader.refuse(
-            f"resnet_time_scale_shift={reader['resnet_time_scale_shift']!r}; known are {', '.join(kinds)}"
-        )
-    return kinds[reader["resnet_time_scale_shift"]]
-
-
 def _levels(reader: Reader, levels: int, condition: bool) -> tuple[list[bool], bool]:
     """(attention at each level, whether residual blocks change the resolution)."""
     attention = "CrossAttn" if condition else "Attn"

@@ -40,10 +40,8 @@ def unet_config(
         NotExpressible: with everything that the class does not have.
     """
     if type(unet) is not UNetModel:
-        raise NotExpressible(
-            f"diffusers has no class for this {type(unet).__name__}",
-            ["its UNets are UNetModels here; its DiTTransformer2DModel embeds the time at other frequencies"],
-        )
+        reasons = ["its UNets are UNetModels here, and its DiT embeds the time at other frequencies"]
+        raise NotExpressible(f"diffusers has no class for this {type(unet).__name__}", reasons)
     made, transformers = arguments_of(unet), has_transformers(unet)
     name = "UNet2DConditionModel" if transformers else "UNet2DModel"
     attends = [2**level in unet.attention_resolutions for level in range(len(unet.widths))]
@@ -100,9 +98,7 @@ def _common_reasons(unet: UNetModel, made: dict, attends: list[bool]) -> list[st
 def _plain_config(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> dict[str, Any]:
     """What is particular to `UNet2DModel`; adds to `reasons`."""
     if len(set(unet.num_res_blocks)) > 1:
-        reasons.append(
-            f"num_res_blocks differs between levels ({unet.num_res_blocks}); UNet2DModel has one number"
-        )
+        reasons.append(f"num_res_blocks differs between levels ({unet.num_res_blocks}), of which it has one")
     resampling = "resnet" if made["resblock_updown"] else "conv"
     return {
         "mid_block_type": "UNetMidBlock2D",
@@ -132,9 +128,7 @@ def _channels_of_heads(unet: UNetModel, reasons: list[str]) -> int | None:
 def _condition_config(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> dict[str, Any]:
     """What is particular to `UNet2DConditionModel`; adds to `reasons`."""
     if made["resblock_updown"] and len(unet.widths) > 1 and any(attends):
-        reasons.append(
-            "resblock_updown at a level with cross-attention, whose blocks resample with convolutions only"
-        )
+        reasons.append("resblock_updown with cross-attention, whose blocks resample with convolutions only")
     if made["disable_middle_transformer"]:
         reasons.append("the middle has no transformer (disable_middle_transformer)")
     if made["disable_middle_self_attn"]:

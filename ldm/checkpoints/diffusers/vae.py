@@ -54,10 +54,8 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
     """
     engine = isinstance(model, AutoencodingEngine) and model.regularizer == "kl"
     if not engine and type(model) not in (AutoencoderKL, VQModel):
-        raise NotExpressible(
-            f"diffusers has no class for this {type(model).__name__}",
-            ["only a KL first stage, and a VQ one with convolutions around its latent, have one"],
-        )
+        known = ["only a KL first stage, and a VQ one with convolutions around its latent, have one"]
+        raise NotExpressible(f"diffusers has no class for this {type(model).__name__}", known)
     arguments = arguments_of(model)
     try:
         dd = ddconfig_of(model.encoder, model.decoder)

@@ -82,9 +82,7 @@ def _size(part: Part, name: str, levels: dict, given: list | None = None) -> tup
     """(image size, its channel multipliers), these as given or as published."""
     size = part.take(name, 64)
     if given is None and size not in levels:
-        part.problem(
-            name, f"{size} has no channel_mult of its own (there are: {', '.join(map(str, levels))})"
-        )
+        part.problem(name, f"{size} has no channel_mult (there are: {', '.join(map(str, levels))})")
         part.reading.check()
     return size, list(levels[size]) if given is None else given
 

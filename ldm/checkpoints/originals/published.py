@@ -167,10 +167,8 @@ def take_averaged(tensors: dict[str, Tensor], view: nn.Module, beginning: str, w
     copies = ema_names(name.removeprefix(beginning) for name in names)
     missing = [f"{copy} (of {beginning}{name})" for copy, name in copies.items() if copy not in tensors]
     if missing:
-        raise CheckpointError(
-            where,
-            f"has averaged copies, but {len(missing)} are missing: {some(missing, 20)} (see ema=False)",
-        )
+        what = f"has averaged copies, but {len(missing)} are missing: {some(missing, 20)} (see ema=False)"
+        raise CheckpointError(where, what)
     for copy, name in copies.items():
         tensors[beginning + name] = tensors.pop(copy)
     return True
@@ -208,7 +206,5 @@ def _check_scale(found: Tensor | None, expected: float, where: str) -> None:
     if found.numel() != 1:
         raise CheckpointError(where, f"carries a scale_factor of shape {tuple(found.shape)}, not one number")
     if not abs(found.double().item() - expected) <= 1e-4 * abs(expected):  # nor may it be NaN
-        raise CheckpointError(
-            where,
-            f"carries scale_factor {found.item():.6g}, the config says {expected}: set scale_by_std: true",
-        )
+        what = f"carries scale_factor {found.item():.6g}, the config says {expected}: set scale_by_std: true"
+        raise CheckpointError(where, what)

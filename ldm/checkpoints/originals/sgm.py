@@ -198,10 +198,9 @@ def diffusion_engine(part: Part) -> Translated:
     wrapper = "sgm.modules.diffusionmodules.wrappers.OpenAIWrapper"
     part.only("network_wrapper", (None, wrapper), "other wrappers are not supported")
     part.finish("conditioner_config", *_ENGINE_IGNORED)
+    side = size // latent_sizes(first.node)[1]
     part.reading.note(
-        part.place(),
-        f"the image size is not said: {size} pixels are taken (latents of "
-        f"{size // latent_sizes(first.node)[1]})",
+        part.place(), f"the image size is not said: {size} pixels are taken (latents of {side})"
     )
 
     def view(model: nn.Module) -> nn.Module:
