@@ -10,13 +10,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ldm.checkpoints import building
-from ldm.checkpoints.description import FORMAT, Description, check_format
+from ldm.checkpoints.description import FORMAT as FORMAT
+from ldm.checkpoints.description import Description, check_format
 from ldm.files import whole_file
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import INDEX, read_pickled, read_weights
 from ldm.weights.writing import write_safetensors
-
-__all__ = ["FORMAT", "build", "describe"]
 
 METADATA_KEY = "ldm"
 MODEL_FILE = "model.safetensors"

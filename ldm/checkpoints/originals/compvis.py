@@ -17,18 +17,25 @@ from ldm.checkpoints.originals.translation import (
     Shell,
     Translated,
     arguments_for,
-    factor_of,
     lookup,
     take_given,
     translated,
 )
 from ldm.models.unet import UNetModel
 
-# Parameters of training, of its loss and of its display. Whether there are averaged weights (`use_ema`) is
-# seen in the checkpoint; `use_positional_encodings` is never read by the original.
+# Parameters of training, its loss and its display; those of the first stages are sgm's, too. Whether there are
+# averaged weights (`use_ema`) is seen in the file; the original never reads `use_positional_encodings`.
 FIRST_STAGE_TRAINING = (
     *("lossconfig", "learn_logvar", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor"),
-    *("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "ema_decay"),
+    *("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "ema_decay", "loss_config"),
+    *("ckpt_engine", "input_key", "optimizer_config", "trainable_ae_params", "ae_optimizer_args"),
+    *(
+        "trainable_disc_params",
+        "disc_optimizer_args",
+        "disc_start_iter",
+        "diff_boost_factor",
+        "max_batch_size",
+    ),
 )
 DIFFUSION_TRAINING = (
     *("loss_type", "original_elbo_weight", "l_simple_weight", "learn_logvar", "logvar_init", "monitor"),
@@ -82,10 +89,12 @@ def latent_sizes(first_stage: Mapping) -> tuple[int, int]:
     """(channels, downsampling factor) of a translated first stage."""
     params = first_stage["params"]
     if "ddconfig" in params:
-        return params["embed_dim"], factor_of(params["ddconfig"])
-    if "encoder" in params:
-        return params["encoder"]["z_channels"], factor_of(params["encoder"])
-    return params["channels"], 1
+        channels, dd = params["embed_dim"], params["ddconfig"]
+    elif "encoder" in params:
+        channels, dd = params["encoder"]["z_channels"], params["encoder"]
+    else:
+        return params["channels"], 1
+    return channels, 2 ** (len(dd["ch_mult"]) - 1)
 
 
 # Networks: part -> Translated

@@ -10,24 +10,16 @@ from ldm.checkpoints.originals.compvis import FIRST_STAGE_TRAINING
 from ldm.checkpoints.originals.original_yaml import Part
 from ldm.checkpoints.originals.translation import Shell, Translated, same, take_given, translated
 
-AUTOENCODER_TRAINING = (
-    *FIRST_STAGE_TRAINING,
-    *("loss_config", "ckpt_engine", "input_key", "optimizer_config", "trainable_ae_params"),
-    *("ae_optimizer_args", "trainable_disc_params", "disc_optimizer_args", "disc_start_iter"),
-    *("diff_boost_factor", "max_batch_size"),
-)
-
 
 def autoencoder_kl(part: Part, channels: int | None = None) -> Translated:
-    params = {name: part.take(name) for name in ("ddconfig", "embed_dim")}
-    _finish(part)
-    return Translated(node("models.autoencoder.AutoencoderKL", **params), averaged="")
+    _only_images(part)
+    return compvis.autoencoder_kl(part)
 
 
 def autoencoder_vq(part: Part, channels: int | None = None) -> Translated:
     params = {name: part.take(name) for name in ("ddconfig", "n_embed", "embed_dim")}
     params |= take_given(part, "sane_index_shape") | {"legacy": False}
-    part.finish(*AUTOENCODER_TRAINING)
+    part.finish(*FIRST_STAGE_TRAINING)
     return Translated(node("models.autoencoder.VQModel", **params), _quantizer_view, averaged="")
 
 
@@ -37,20 +29,14 @@ def autoencoding_engine(part: Part, channels: int | None = None) -> Translated:
         "decoder": _network_of(part.part("decoder_config"), "Decoder"),
         **translated(part, "regularizer_config", REGULARIZERS, "regularizer"),
     }
-    _finish(part)
+    _only_images(part)
+    part.finish(*FIRST_STAGE_TRAINING)
     view = _quantizer_view if params["regularizer"] == "vq" else same
     return Translated(node("models.autoencoding_engine.AutoencodingEngine", **params), view, averaged="")
 
 
-def _finish(part: Part) -> None:
+def _only_images(part: Part) -> None:
     part.only("additional_decode_keys", (None,), "decoders with further inputs are not supported")
-    part.finish(*AUTOENCODER_TRAINING)
-
-
-def identity_first_stage(part: Part, channels: int | None = None) -> Translated:
-    channels = part.take("channels", 3 if channels is None else channels)
-    part.finish("vq_interface", *AUTOENCODER_TRAINING)
-    return Translated(compvis.pixels(channels))
 
 
 def _quantizer_view(model: nn.Module) -> nn.Module:
@@ -96,5 +82,5 @@ FIRST_STAGES: dict[str, Callable[[Part, int | None], Translated]] = {
     "sgm.models.autoencoder.AutoencoderKLModeOnly": autoencoder_kl,
     "sgm.models.autoencoder.AutoencoderLegacyVQ": autoencoder_vq,
     "sgm.models.autoencoder.AutoencodingEngine": autoencoding_engine,
-    "sgm.models.autoencoder.IdentityFirstStage": identity_first_stage,
+    "sgm.models.autoencoder.IdentityFirstStage": compvis.identity_first_stage,
 }

@@ -75,8 +75,3 @@ def take_given(part: Part, *names: str, **renamed: str) -> dict[str, Any]:
 def arguments_for(function: Callable, without: tuple[str, ...] = ()) -> list[str]:
     """Names of a callable's parameters, for `take_given`."""
     return [name for name in signatures.parameters(function) or () if name not in without]
-
-
-def factor_of(ddconfig: Mapping) -> int:
-    """Downsampling factor of an autoencoder."""
-    return 2 ** (len(ddconfig["ch_mult"]) - 1)
