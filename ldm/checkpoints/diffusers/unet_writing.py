@@ -11,7 +11,6 @@ from torch import nn
 from ldm.arguments import arguments_of
 from ldm.checkpoints.description import NotExpressible
 from ldm.models.unet import UNetModel
-from ldm.nn.attention import AttentionBlock
 from ldm.nn.transformer import SpatialTransformer
 
 #: The only values that the UNet here can have.
@@ -106,22 +105,33 @@ def _plain_config(unet: UNetModel, made: dict, attends: list[bool], reasons: lis
         "layers_per_block": unet.num_res_blocks[0],
         "downsample_type": resampling,
         "upsample_type": resampling,
-        "attention_head_dim": _channels_of_heads(unet, reasons),
+        "attention_head_dim": _channels_of_heads(unet, made, attends, reasons),
         # Left out, it would be no norm at all with resnet_time_scale_shift="scale_shift".
         "attn_norm_num_groups": made["num_groups"],
     }
 
 
-def _channels_of_heads(unet: UNetModel, reasons: list[str]) -> int | None:
+def _heads(unet: UNetModel, made: dict, attends: list[bool]) -> set[tuple[int, int, int]]:
+    """(width, number of heads, channels of each) of every attention layer."""
+    widths = {width for width, attending in zip(unet.widths, attends, strict=True) if attending}
+    widths |= set() if made["disable_middle_transformer"] else {unet.widths[-1]}
+    asked = made["num_head_channels"]
+    if asked == -1:
+        counts = {made["num_heads"]} | ({made["num_heads_upsample"]} - {-1} if any(attends) else set())
+        return {(width, count, width // count) for width in widths for count in counts}
+    counts = {width: width // asked for width in widths}
+    return {(width, n, width // n if made["legacy"] else asked) for width, n in counts.items()}
+
+
+def _channels_of_heads(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> int | None:
     """UNet2DModel's `attention_head_dim`: channels of a head, the same everywhere; None is one head each."""
-    layouts = {_heads(layer) for layer in attention_layers(unet)}
-    channels = {c for _, c in layouts}
+    layouts = _heads(unet, made, attends)
+    channels = {c for _, _, c in layouts}
     if len(channels) <= 1:
         return channels.pop() if channels else 8
-    if all(heads == 1 for heads, _ in layouts):
-        return None
-    differ = ", ".join(map(str, sorted(channels)))
-    reasons.append(f"the channels of a head differ between levels ({differ}), unlike with num_head_channels")
+    if any(heads != 1 for _, heads, _ in layouts):
+        differ = ", ".join(map(str, sorted(channels)))
+        reasons.append(f"the channels of a head differ ({differ}), unlike with num_head_channels")
     return None
 
 
@@ -147,19 +157,17 @@ def _condition_config(unet: UNetModel, made: dict, attends: list[bool], reasons:
         "layers_per_block": list(unet.num_res_blocks),
         "transformer_layers_per_block": depths,
         "cross_attention_dim": unet.context_dim,
-        "attention_head_dim": _heads_of_levels(unet, reasons),
+        "attention_head_dim": _heads_of_levels(unet, made, attends, reasons),
         "use_linear_projection": made["use_linear_in_transformer"],
         "only_cross_attention": list(unet.disable_self_attentions),
         "mid_block_only_cross_attention": False,
     }
 
 
-def _heads_of_levels(unet: UNetModel, reasons: list[str]) -> list[int]:
+def _heads_of_levels(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> list[int]:
     """UNet2DConditionModel's `attention_head_dim`: despite its name the number of heads at each level."""
-    heads_at: dict[int, int] = {}
-    for layer in attention_layers(unet):
-        width = layer.norm.num_channels
-        heads, channels = _heads(layer) or (1, width)
+    heads_at = {}
+    for width, heads, channels in sorted(_heads(unet, made, attends)):
         if channels != width // heads:
             reasons.append(f"{heads} heads of {channels} channels at width {width} leave some out")
         heads_at[width] = heads
@@ -179,20 +187,6 @@ def _label_config(num_classes: int | str | None, length: int | None) -> dict[str
     return {"num_class_embeds": num_classes}
 
 
-def attention_layers(unet: UNetModel) -> list[nn.Module]:
-    """Every SpatialTransformer and AttentionBlock, in the order of the forward pass."""
-    return [m for m in unet.modules() if isinstance(m, SpatialTransformer | AttentionBlock)]
-
-
 def has_transformers(unet: UNetModel) -> bool:
-    return any(isinstance(layer, SpatialTransformer) for layer in attention_layers(unet))
-
-
-def _heads(layer: nn.Module) -> tuple[int, int] | None:
-    """(number of heads, channels of each) of an attention layer; None for a transformer without blocks."""
-    if isinstance(layer, AttentionBlock):
-        return layer.attention.num_heads, layer.qkv.in_channels // layer.attention.num_heads
-    if not len(layer.transformer_blocks):
-        return None
-    attention = layer.transformer_blocks[0].attn1
-    return attention.heads, attention.to_q.out_features // attention.heads
+    """Whether it is a UNet2DConditionModel in diffusers."""
+    return any(isinstance(layer, SpatialTransformer) for layer in unet.modules())

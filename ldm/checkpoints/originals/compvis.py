@@ -23,8 +23,8 @@ from ldm.checkpoints.originals.translation import (
 )
 from ldm.models.unet import UNetModel
 
-# Parameters of training, its loss and its display; those of the first stages are sgm's, too. Whether there are
-# averaged weights (`use_ema`) is seen in the file; the original never reads `use_positional_encodings`.
+# Parameters of training, its loss and its display; those of the first stages are sgm's, too. Whether a file
+# has averaged weights (`use_ema`) is seen in it; the original never reads `use_positional_encodings`.
 FIRST_STAGE_TRAINING = (
     *("lossconfig", "learn_logvar", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor"),
     *("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "ema_decay", "loss_config"),
