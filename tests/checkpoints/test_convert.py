@@ -291,6 +291,20 @@ def test_mistakes_are_told_in_one_line(cli, native_file, tmp_path):
     assert cli("convert", source, tmp_path / "out", "--to", "onnx").status == 2
 
 
+def test_convert_as_a_call(native_file, tmp_path):
+    source = native_file("vq")
+    written = ldm.convert(source, tmp_path / "a" / "b")
+    assert (written.path, written.notes) == (tmp_path / "a" / "b" / "model.safetensors", ())
+    assert written.files == (written.path,) and written.path.read_bytes() == source.read_bytes()
+    folder = ldm.convert(str(source), str(tmp_path / "c"), "diffusers")
+    assert {file.parent.name for file in folder.files} == {"c", "scheduler", "unet", "vqvae"}
+    with pytest.raises(FileExistsError, match="exists already"):
+        ldm.convert(source, written.path)
+    assert ldm.convert(source, written.path, overwrite=True).path == written.path
+    with pytest.raises(ValueError, match="format 'onnx' is none of native, compvis, diffusers"):
+        ldm.convert(source, tmp_path / "d", "onnx")
+
+
 def test_an_original_checkpoint_becomes_one_file_that_describes_itself(native_file, tmp_path):
     convert(native_file("kl-class-tokens"), tmp_path / "original.ckpt", "compvis")
     content = torch.load(tmp_path / "original.ckpt", weights_only=True)

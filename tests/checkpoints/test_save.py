@@ -142,6 +142,16 @@ def test_a_changed_model_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_description_is_a_mapping_that_says_what_its_file_says():
+    tree = {"target": "ldm.models.unet.UNetModel", "params": {}}
+    known = Description(tree, classes=["a"], step=3)
+    plain = {"format": "ldm/1", "model": tree, "classes": ["a"], "sampling": None, "weights": None, "step": 3}
+    assert known.plain() == plain and known == plain and known.get("notes", "none") == "none"
+    assert Description.read(plain, "here") == known and Description.read(known, "here") is known
+    assert known.replaced(step=4).step == 4 and known.step == 3
+    assert known != {**plain, "step": 4}
+
+
 # Classes of one's own
 
 
