@@ -1,21 +1,26 @@
 """ldm: latent diffusion, from a folder of images to samples."""
 
+import importlib
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "draw", "load", "sample"]
+__all__ = ["__version__", "convert", "draw", "load", "sample", "save", "train"]
+
+#: Where the public functions are; each comes on first use, so that importing ldm stays quick.
+_HOMES = {
+    "convert": "ldm.checkpoints.convert",
+    "draw": "ldm.sampling",
+    "load": "ldm.checkpoints.load",
+    "sample": "ldm.sampling",
+    "save": "ldm.checkpoints.save",
+    "train": "ldm.training",
+}
 
 
 def __getattr__(name: str):
-    # The public functions come on first use: importing ldm stays quick.
-    if name == "load":
-        from ldm.checkpoints import load
-
-        return load
-    if name == "sample":
-        from ldm.sampling import sample
-
-        return sample
-    if name == "draw":
-        from ldm.sampling import draw
-
-        return draw
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

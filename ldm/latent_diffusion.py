@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning import Conditioner
 from ldm.conditioning.conditioner import KINDS
 from ldm.diffusion import samplers
@@ -48,6 +49,7 @@ def _computing_type(module: nn.Module, x: Tensor) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype)
 
 
+@remembers_arguments
 class LatentDiffusion(nn.Module):
     """A diffusion model in the latent space of a first stage (Rombach et al., 2022).
 
@@ -118,7 +120,8 @@ class LatentDiffusion(nn.Module):
             )
         self.latent_shape = (channels, height // factor, width // factor)
         for name, value in (("latent_shift", latent_shift), ("latent_scale", latent_scale)):
-            tensor = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+            # The device is said, so that a model built under a meta device still gets numbers.
+            tensor = torch.as_tensor(value, dtype=torch.float32, device=getattr(value, "device", "cpu"))
             if tensor.ndim and tensor.numel() not in (1, channels):
                 raise ValueError(f"{name} has {tensor.numel()} values, the latents have {channels} channels")
             if not tensor.isfinite().all() or (name == "latent_scale" and not tensor.all()):

@@ -40,13 +40,14 @@ class Rule:
     lazy: set[str] = field(default_factory=set)
 
 
-GROUND = {"files", "wording"}
+GROUND = {"arguments", "files", "wording"}
 NETWORKS = {"nn", "models", "diffusion", "conditioning", "losses"} | GROUND
 PARTS = {"latent_diffusion", "config", "weights"} | NETWORKS
 RULES = {
     # `ldm/__init__.py` hands out its public names on first use.
     "": Rule(lazy={"ldm"}),
     "__main__": Rule({"cli"}),
+    "arguments": Rule(),
     "files": Rule(),
     "wording": Rule(),
     "weights": Rule(GROUND, {"torch", "numpy", "safetensors"}),

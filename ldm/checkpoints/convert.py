@@ -1,89 +1,85 @@
-"""From one format of weights to another."""
+"""`ldm.convert`: from one format of weights to another."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from torch import nn
-
-from ldm.checkpoints import load, native
+from ldm.checkpoints import native
 from ldm.checkpoints.diffusers.export import save_diffusers
+from ldm.checkpoints.load import load
 from ldm.checkpoints.originals.compvis_export import save_compvis
-from ldm.checkpoints.unfilled import build_unfilled
+from ldm.wording import some
 
 FILES = {"native": native.MODEL_FILE, "compvis": "model.ckpt"}
+_OTHER_FILES = (".ckpt", ".safetensors", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` wrote.
+
+    path: the file, or the folder of diffusers. files: everything that was written.
+    notes: what of `config` was not read.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
 
 
 def convert(
-    source: Path,
-    target: Path,
-    to: str,
+    source: str | Path,
+    target: str | Path,
+    to: Literal["native", "compvis", "diffusers"] = "native",
     *,
-    config: Path | None = None,
+    config: str | Path | Mapping | None = None,
     ema: bool = True,
     overwrite: bool = False,
-) -> list[str]:
-    """Load `source`, write it to `target` in the format `to`; returns what to tell the user.
+) -> Converted:
+    """Load a model and write it in another format; converted back, it has the same bits.
+
+    Args:
+        source: whatever `ldm.load` opens, with `config` and `ema` as there.
+        target: a .safetensors file for `native`, a .ckpt for `compvis`, beside which its YAML is written; a
+            folder gets `model.safetensors` or `model.ckpt`. For `diffusers` a folder, new or empty.
+        overwrite: replace files that are there.
 
     Raises:
         FileNotFoundError, ValueError: `source` cannot be loaded, or the format cannot express it.
         FileExistsError: something is at `target` already; nothing was written.
     """
-    target = _target(source, target, to)
-    yaml = [target.with_suffix(".yaml")] if to == "compvis" else []
-    if to == "diffusers":
-        taken = [target] if target.exists() and (target.is_file() or any(target.iterdir())) else []
-    else:
-        taken = [file for file in [target, *yaml] if file.exists()]
-    if taken and (to == "diffusers" or not overwrite):
-        hint = "choose another folder" if to == "diffusers" else "choose another DST, or say --overwrite"
-        raise FileExistsError(f"{taken[0]} exists already; {hint}")
+    source, target = Path(source), _target(Path(source), Path(target), to)
+    if to != "diffusers" and not overwrite:
+        for file in (target, target.with_suffix(".yaml")) if to == "compvis" else (target,):
+            if file.exists():
+                raise FileExistsError(f"{file} exists already, and is not to be overwritten")
     model = load(source, config, ema)
-    unread = (getattr(model, "description", None) or {}).get("notes", ()) if config else ()
-    notes = [f"note: {config}: {note}" for note in unread]
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "native":
-        save_native(model, target, str(source))
-        return [*notes, f"{target}: open it with ldm.load or sample.py"]
-    if to == "compvis":
-        written = save_compvis(model, target)
-        return [*notes, f"{target}: open it with the original's code and {written}, or with ldm.load"]
-    save_diffusers(model, target)
-    parts = ", ".join(sorted(path.name for path in target.iterdir()))
-    return [*notes, f"{target} ({parts}): open its parts with diffusers, or all of it with ldm.load"]
+        native.save_model(target, model.state_dict(), model.description)
+        files = (target,)
+    elif to == "compvis":
+        files = (target, save_compvis(model, target))
+    else:
+        save_diffusers(model, target)
+        files = tuple(sorted(file for file in target.rglob("*") if file.is_file()))
+    return Converted(target, files, tuple(model.description.notes or () if config else ()))
 
 
 def _target(source: Path, target: Path, to: str) -> Path:
-    """The file or folder to write; a folder stands for the usual file in it.
-
-    Raises:
-        ValueError: a file name that does not say what is written, or the source itself.
-    """
+    """The file or folder to write."""
     if to == "diffusers":
-        if target.suffix in (".ckpt", ".safetensors", ".pt", ".bin"):
-            raise ValueError(f"{target} looks like a file; --to diffusers writes a folder")
+        if target.suffix in _OTHER_FILES:
+            raise ValueError(f"{target} looks like a file; the format diffusers writes a folder")
+        if target.exists() and (target.is_file() or any(target.iterdir())):
+            raise FileExistsError(f"{target} exists already and is not empty")
+    elif to not in FILES:
+        raise ValueError(f"format {to!r} is none of {some([*FILES, 'diffusers'])}")
     elif target.is_dir() or not target.suffix:
         target = target / FILES[to]
     elif target.suffix != Path(FILES[to]).suffix:
-        raise ValueError(f"{target}: --to {to} writes a {Path(FILES[to]).suffix} file")
+        raise ValueError(f"{target}: the format {to} writes a {Path(FILES[to]).suffix} file")
     if target.exists() and source.exists() and target.samefile(source):
-        raise ValueError(f"{source} would be written over itself; choose another DST")
+        raise ValueError(f"{source} would be written over itself")
     return target
-
-
-def save_native(model: nn.Module, path: Path, where: str) -> None:
-    """Write a `model.safetensors` that describes itself, after making sure that it can be read again.
-
-    Raises:
-        ValueError: the model has no description, or one that does not build it.
-    """
-    description = getattr(model, "description", None) or {}
-    if description.get("format") != native.FORMAT:
-        raise ValueError(
-            f"{where} does not say how its model is built, so no file that describes itself can be made"
-        )
-    tensors = model.state_dict()
-    shapes = {
-        name: tuple(t.shape) for name, t in build_unfilled(description["model"], where).state_dict().items()
-    }
-    if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-        raise ValueError(f"{where}: the description of the model does not fit its weights")
-    native.save_model(path, tensors, description)

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import torch
+
+from ldm.wording import nearest
 
 Shape = tuple[int, ...]
 _LISTED = 20  # so many names are listed one by one; more are summed up by prefix
@@ -26,43 +27,41 @@ class KeyReport:
 
     @property
     def empty(self) -> bool:
-        return not (self.missing or self.extra or self.misshaped or self.mistyped or self.contradictory)
+        return not any(vars(self).values())
+
+    def text(self, module: str) -> str:
+        """The report, with a guess at the reason where one explains it."""
+        hint = explanation(self.missing, self.extra)
+        return "\n".join(
+            [
+                f"does not fit {module}",
+                *_section("missing from the file", self.missing),
+                *_section("in the file, but unknown to the module", self.extra),
+                *_section("of another shape", _both(self.misshaped)),
+                *_section("of another type", _both(self.mistyped)),
+                *_section(
+                    "one parameter in the module, but different in the file",
+                    dict.fromkeys(self.contradictory, ""),
+                ),
+                *([hint] if hint else []),
+            ]
+        )
 
 
-def describe(report: KeyReport, module: str) -> str:
-    """The report as text, with a guess at the reason where one explains it."""
-    lines = [f"does not fit {module}"]
-    lines += _section("missing from the file", {k: f" {v}" for k, v in report.missing.items()})
-    lines += _section("in the file, but unknown to the module", {k: f" {v}" for k, v in report.extra.items()})
-    shapes = {
-        k: f" is {file} in the file, {here} in the module" for k, (file, here) in report.misshaped.items()
-    }
-    lines += _section("of another shape", shapes)
-    types = {
-        k: f" is {file} in the file, {here} in the module" for k, (file, here) in report.mistyped.items()
-    }
-    lines += _section("of another type", types)
-    tied = dict.fromkeys(report.contradictory, "")
-    lines += _section("one parameter in the module, but different in the file", tied)
-    hint = explanation(report.missing, report.extra)
-    return "\n".join([*lines, hint] if hint else lines)
+def _both(pairs: Mapping[str, tuple]) -> dict[str, str]:
+    return {name: f"is {file} in the file, {here} in the module" for name, (file, here) in pairs.items()}
 
 
-def _section(title: str, entries: Mapping[str, str]) -> list[str]:
+def _section(title: str, entries: Mapping[str, object]) -> list[str]:
     if not entries:
         return []
     head = f"  {len(entries)} {title}:"
+    shown = {name: f"{name} {what}".rstrip() for name, what in entries.items()}
     if len(entries) <= _LISTED:
-        return [head, *(f"    {name}{what}" for name, what in entries.items())]
+        return [head, *(f"    {line}" for line in shown.values())]
     groups = group_by_prefix(entries)
-    return [
-        head,
-        *(
-            f"    {prefix} ({len(names)}), such as {names[0]}{entries[names[0]]}"
-            for prefix, names in groups.items()
-        ),
-        "    (the exception's attributes hold the full lists)",
-    ]
+    lines = [f"    {prefix} ({len(names)}), such as {shown[names[0]]}" for prefix, names in groups.items()]
+    return [head, *lines, "    (the exception's attributes hold the full lists)"]
 
 
 def group_by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
@@ -93,27 +92,20 @@ def explanation(missing: Iterable[str], extra: Iterable[str]) -> str | None:
     for wrapper in _WRAPPERS:
         if missing <= {name.replace(wrapper, "") for name in extra if wrapper in name}:
             return f"  All missing names are in the file with a wrapper's {wrapper!r} inside: remove it."
-    prefix, found = _best_prefix(missing, extra)
-    if found > len(missing) / 2:
-        return f"  {_share(found, missing)} missing names are in the file behind {prefix!r}: strip it."
-    prefix, found = _best_prefix(extra, missing)
-    if found > len(missing) / 2:
-        return f"  {_share(found, missing)} missing names are in the file without their {prefix!r}: add it."
-    prefix, found = _best_prefix(extra, missing)
+    ahead, behind = _best_prefix(missing, extra), _best_prefix(extra, missing)
+    for (prefix, found), how in ((ahead, "behind {!r}: strip it"), (behind, "without their {!r}: add it")):
+        if found > len(missing) / 2:
+            share = f"All {found}" if found == len(missing) else f"{found} of {len(missing)}"
+            return f"  {share} missing names are in the file {how.format(prefix)}."
+    prefix, found = behind
     if found > len(extra) / 2:
         return (
             f"  {found} of {len(extra)} unknown names in the file are missing ones without their {prefix!r}: "
             "it may hold that part of the model alone, which loads with that part's own config."
         )
-    if len(missing) <= 5:
-        close = {name: get_close_matches(name, extra, n=1, cutoff=0.8) for name in missing}
-        pairs = [f"{name} may be {match[0]}" for name, match in close.items() if match]
-        return f"  Nearest names: {', '.join(pairs)}." if pairs else None
-    return None
-
-
-def _share(found: int, missing: set[str]) -> str:
-    return f"All {found}" if found == len(missing) else f"{found} of {len(missing)}"
+    close = {name: nearest(name, extra) for name in sorted(missing)} if len(missing) <= 5 else {}
+    pairs = [f"{name} may be {match}" for name, match in close.items() if match]
+    return f"  Nearest names: {', '.join(pairs)}." if pairs else None
 
 
 def _best_prefix(short: set[str], long: set[str]) -> tuple[str, int]:

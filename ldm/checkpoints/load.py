@@ -12,7 +12,7 @@ from ldm.checkpoints.originals import compvis_export, published
 from ldm.checkpoints.trust import is_run_config, trusted_targets
 from ldm.weights.errors import CheckpointError
 from ldm.weights.reading import INDEX
-from ldm.wording import nearest
+from ldm.wording import nearest, some
 
 _LISTED = 8
 _SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
@@ -53,42 +53,43 @@ def load(
     if not path.exists():
         raise FileNotFoundError(_not_found(path))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"dtype must be a floating-point type such as torch.bfloat16, or None, got {dtype!r}"
-        )
+        raise ValueError(f"dtype must be a floating-point type (torch.bfloat16, ...) or None, got {dtype!r}")
     trusted: frozenset[str] = frozenset()
     if config is not None and is_run_config(config) and _describes_itself(path):
-        config, trusted = None, trusted_targets(config)
-    if config is not None:
+        trusted = trusted_targets(config)
+        model = _load_own(path, ema, trusted)
+    elif config is not None:
         model = published.load_published(_one_file(path), config, ema, dtype)
-    elif native.is_run_folder(path):
-        if not native.describes_itself(path) and _weights_in(path):
-            raise CheckpointError(str(path), _foreign_run(path))
-        model = native.load_run(path, ema, trusted)
-    elif diffusers_folder.is_diffusers_folder(path):
-        model = diffusers_folder.load_diffusers(path, ema)
-    elif path.is_dir():
-        raise CheckpointError(str(path), _no_run(path))
-    elif path.suffix == ".safetensors" or path.name.endswith(INDEX):
-        if path.name.endswith(INDEX) or native.read_description(path) is None:
-            raise CheckpointError(
-                str(path), "holds weights, but no description of their model" + _published(path)
-            )
-        model = native.load_model(path, trusted)
-        if not ema and model.description.get("weights") == "ema":
-            raise CheckpointError(str(path), "holds averaged (EMA) weights only" + _raw_weights(path))
     else:
-        try:
-            model = native.load_training(path, ema, trusted)
-        except CheckpointError as error:
-            if compvis_export.is_exported(path):
-                model = compvis_export.load_exported(path, ema)
-            elif type(error) is CheckpointError:  # whole and safe, but of another kind
-                raise CheckpointError(error.where, error.reason + _published(path)) from error
-            else:
-                raise
+        model = _load_own(path, ema)
     model.trusted = trusted  # what the user named may also sample
     return model.to(device=device, dtype=dtype)
+
+
+def _load_own(path: Path, ema: bool, trusted: frozenset[str] = frozenset()) -> nn.Module:
+    """The model in a file or folder that describes it."""
+    if native.is_run_folder(path):
+        if not native.describes_itself(path) and (files := _weights_in(path)):
+            what = f"is no run of this toolkit: it holds {files[-1].relative_to(path)}"
+            raise CheckpointError(str(path), what + _published(files[-1]))
+        return native.load_run(path, ema, trusted)
+    if diffusers_folder.is_diffusers_folder(path):
+        return diffusers_folder.load_diffusers(path, ema)
+    if path.is_dir():
+        raise CheckpointError(str(path), _no_run(path))
+    if path.name.endswith(INDEX) or (path.suffix == ".safetensors" and native.read_description(path) is None):
+        what = "holds weights, but no description of their model"
+        raise CheckpointError(str(path), what + _published(path))
+    if path.suffix == ".safetensors":
+        return native.load_model(path, ema, trusted)
+    try:
+        return native.load_training(path, ema, trusted)
+    except CheckpointError as error:
+        if compvis_export.is_exported(path):
+            return compvis_export.load_exported(path, ema)
+        if type(error) is CheckpointError:  # whole and safe, but of another kind
+            raise CheckpointError(error.where, error.reason + _published(path)) from error
+        raise
 
 
 def _describes_itself(path: Path) -> bool:
@@ -106,11 +107,12 @@ def _published(path: Path) -> str:
 
 def _one_file(path: Path) -> Path:
     """The file of weights that a folder beside a config stands for, if it holds just one."""
-    files = _weights_in(path) if path.is_dir() else []
-    indices = sorted(path.glob(f"*{INDEX}")) if path.is_dir() else []
-    files = indices if len(indices) == 1 else files
+    if not path.is_dir():
+        return path
+    indices = sorted(path.glob(f"*{INDEX}"))
+    files = indices if len(indices) == 1 else _weights_in(path)
     if len(files) > 1:
-        names = _some([str(file.relative_to(path)) for file in files])
+        names = some([str(file.relative_to(path)) for file in files], _LISTED)
         raise CheckpointError(str(path), f"is a folder with several files of weights; give one: {names}")
     return files[0] if files else path
 
@@ -121,44 +123,25 @@ def _weights_in(folder: Path) -> list[Path]:
     return sorted(file for place in places for file in place.glob("*") if file.suffix in _SUFFIXES)
 
 
-def _raw_weights(path: Path) -> str:
-    newest = native.newest_training(path.parent)
-    return f"; the raw ones are in {newest}" if newest else "; the raw ones are in the run's checkpoints/"
-
-
 def _not_found(path: Path) -> str:
     """What the path should be, and what the nearest folder that exists has."""
-    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    wanted = path.absolute().relative_to(folder).parts[0]
-    shown = folder if path.is_absolute() else _relative(folder)
+    here, whole = Path.cwd(), path.absolute()
+    folder = next(parent for parent in whole.parents if parent.is_dir())
+    relative = not path.is_absolute() and folder.is_relative_to(here)
+    shown = folder.relative_to(here) if relative else folder
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-    found = nearest(wanted, names)
-    hint = f" Did you mean {shown / found}?" if found else f" {shown}/ has {_some(names)}."
-    return f"{path} does not exist; give a run folder, a {native.MODEL_FILE} or a checkpoint.{hint}"
-
-
-def _relative(folder: Path) -> Path:
-    here = Path.cwd()
-    return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def _foreign_run(path: Path) -> str:
-    file = _weights_in(path)[-1]
-    return f"is no run of this toolkit: it holds {file.relative_to(path)}" + _published(file)
+    found = nearest(whole.relative_to(folder).parts[0], names)
+    has = f"Did you mean {shown / found}?" if found else f"{shown}/ has {some(names, _LISTED) or 'nothing'}."
+    return f"{path} does not exist; give a run folder, a {native.MODEL_FILE} or a checkpoint. {has}"
 
 
 def _no_run(path: Path) -> str:
-    runs = sorted(p.name for p in path.iterdir() if native.is_run_folder(p))
+    names = sorted(p.name for p in path.iterdir())
+    runs = [name for name in names if native.is_run_folder(path / name)]
     if runs:
-        return f"is no run folder itself, but holds these: {_some(runs)}"
+        return f"is no run folder itself, but holds these: {some(runs, _LISTED)}"
     if native.is_run_folder(path.parent):
         return f"is no run folder, but a part of one; give {path.parent}, or a file"
-    inside = _some(sorted(p.name for p in path.iterdir()))
-    files = _weights_in(path)
+    inside, files = some(names, _LISTED) or "nothing", _weights_in(path)
     hint = f". {files[0].name} may be another project's" + _published(files[0]) if files else ""
     return f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}{hint}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return (", ".join(names[:_LISTED]) + more) or "nothing"

@@ -1,97 +1,42 @@
-"""The toolkit's own files: `model.safetensors` that describes itself, and checkpoints of a training run.
-
-A description is plain data:
-    format   "ldm/1"
-    model    {target, params}: how to build the model, first stage included
-    classes  names of the classes, or None
-    sampling defaults for sampling (sampler, steps, guidance, ...), or None
-    weights  "ema" or "raw"
-    step     optimizer steps behind the weights
-"""
+"""The toolkit's own files: `model.safetensors` that describes itself, and checkpoints of a training run."""
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ldm import config as configuration
-from ldm.checkpoints.strict import check_shapes, load_strict
-from ldm.checkpoints.trust import targets_of
-from ldm.checkpoints.unfilled import build_unfilled, check_rooms
+from ldm.checkpoints import building
+from ldm.checkpoints.description import FORMAT as FORMAT
+from ldm.checkpoints.description import Description, check_format
 from ldm.files import whole_file
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import INDEX, read_pickled, read_weights
 from ldm.weights.writing import write_safetensors
 
-FORMAT = "ldm/1"
 METADATA_KEY = "ldm"
 MODEL_FILE = "model.safetensors"
 _TRAINING_KEYS = ("description", "ema", "model", "step")
 
 
 def build(description: Mapping, where: str, trusted: Collection[str] = ()) -> nn.Module:
-    """The model of a description, with fresh weights, in eval mode.
-
-    Only models and their parts inside `ldm` are built, and nothing else is imported: a file must not be able
-    to name other code. `trusted` are targets elsewhere that the user's own YAML has.
-
-    Raises:
-        CheckpointError: another format, or no description of a model.
-        ConfigError: targets and params that this version does not have, or does not allow.
-    """
-    _check_description(description, where)
-    check_rooms(description["model"], where, trusted)
-    tree = configuration.loads(json.dumps({"model": description["model"]}), origin=where)
-    configuration.check(tree, allow_foreign=trusted)
-    model = configuration.instantiate(tree.model, allow_foreign=trusted)
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(where, f"describes a {type(model).__name__}, which is no model")
-    return model.eval()
+    """The model of a description, with fresh weights, in eval mode; see `building.build`."""
+    return building.build(Description.read(description, where).model, where, trusted)
 
 
-def _check_description(description: Any, where: str) -> None:
-    """Plain data of the kinds that the rest of the toolkit relies on."""
-    if not isinstance(description, Mapping):
-        raise CheckpointError(
-            where, f"describes its model by a {type(description).__name__}, not by a mapping"
-        )
-    _check_format(description.get("format"), where)
-    kinds = {"model": Mapping, "classes": list | None, "sampling": Mapping | None, "weights": str | None}
-    for key, kind in kinds.items():
-        if not isinstance(description.get(key), kind):
-            raise CheckpointError(
-                where, f"its description's {key!r} is a {type(description.get(key)).__name__}"
-            )
-    if not all(isinstance(name, str) for name in description.get("classes") or []):
-        raise CheckpointError(where, "its description's 'classes' are not all names")
-
-
-def _check_format(given: Any, where: str) -> None:
-    if given == FORMAT:
-        return
-    number = re.fullmatch(r"ldm/([0-9]+)", str(given))
-    if number and int(number[1]) > int(FORMAT.removeprefix("ldm/")):
-        what = f"was written by a newer version of the toolkit (format {given}); upgrade ldm-toolkit"
-    else:
-        what = f"has format {given!r}"
-    raise UnsupportedCheckpoint(where, f"{what}. This version reads {FORMAT}")
-
-
-def describe(model: nn.Module, description: Mapping) -> nn.Module:
+def describe(model: nn.Module, description: Mapping, where: str = "the description") -> nn.Module:
     """Attach what is known about a model: `model.description`, read by sampling for classes and defaults."""
-    model.description = dict(description)
+    model.description = Description.read(description, where)
     return model
 
 
 def save_model(path: Path, tensors: Mapping[str, Tensor], description: Mapping) -> None:
     """Write a file that `load` can read alone; beside its target first, synced, then renamed."""
-    write_safetensors(path, dict(tensors), {METADATA_KEY: json.dumps(description, sort_keys=True)})
+    plain = description.plain() if isinstance(description, Description) else description
+    write_safetensors(path, dict(tensors), {METADATA_KEY: json.dumps(plain, sort_keys=True)})
 
 
 def read_description(path: Path) -> dict | None:
@@ -110,29 +55,15 @@ def read_description(path: Path) -> dict | None:
         raise CorruptCheckpoint(str(path), f"its description is no JSON: {error}") from error
 
 
-def load_model(path: Path, trusted: Collection[str] = ()) -> nn.Module:
+def load_model(path: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:
     """The model in a `model.safetensors` of ours, strictly."""
-    description = read_description(path)
-    if description is None:
-        raise CheckpointError(
-            str(path),
-            f"holds weights, but no description of their model; {MODEL_FILE} of a run folder has one",
-        )
-    return _filled(description, read_weights(path).tensors, str(path), trusted)
-
-
-def _filled(
-    description: Mapping, tensors: Mapping[str, Tensor], where: str, trusted: Collection[str]
-) -> nn.Module:
-    """The described model with these weights. Sizes are compared first: a description may ask for more
-    memory than there is, and the file that it stands in does not.
-    """
-    _check_description(description, where)
-    if all(target.startswith("ldm.") for target in targets_of(description["model"])):
-        check_shapes(build_unfilled(description["model"], where), tensors, where=where)
-    model = build(description, where, trusted)
-    load_strict(model, tensors, where=where)
-    return describe(model, description)
+    found = read_description(path)
+    if found is None:
+        raise CheckpointError(str(path), "holds weights, but no description of their model")
+    description = Description.read(found, str(path))
+    raw = newest_training(path.parent) or "the run's checkpoints/"
+    description.check_weights(ema, str(path), f"; the raw ones are in {raw}")
+    return building.build_filled(description, read_weights(path).tensors, str(path), trusted=trusted)
 
 
 def save_training(path: Path, state: Mapping) -> None:
@@ -154,16 +85,15 @@ def read_training(path: Path) -> dict:
     try:
         state = read_pickled(path)
     except (CorruptCheckpoint, UnsupportedCheckpoint) as error:
-        raise CorruptCheckpoint(
-            str(path), f"cannot be read as a training checkpoint: {error.reason}"
-        ) from error
+        what = f"cannot be read as a training checkpoint: {error.reason}"
+        raise CorruptCheckpoint(str(path), what) from error
     if not isinstance(state, dict) or not str(state.get("format")).startswith("ldm/"):
         raise CheckpointError(str(path), "is no training checkpoint of this toolkit")
-    _check_format(state["format"], str(path))
+    check_format(state["format"], str(path))
     missing = [key for key in _TRAINING_KEYS if key not in state]
     if missing:
         raise CheckpointError(str(path), f"is a training checkpoint without {', '.join(missing)}")
-    _check_description(state["description"], str(path))
+    Description.read(state["description"], str(path))
     for key in ("model", "ema"):
         weights = state[key]
         if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
@@ -175,8 +105,9 @@ def load_training(path: Path, ema: bool = True, trusted: Collection[str] = ()) -
     """The model in a training checkpoint, with its EMA weights where it has them and `ema` asks for them."""
     state = read_training(path)
     averaged = state["ema"] if ema else {}
-    description = dict(state["description"], weights="ema" if averaged else "raw", step=state["step"])
-    return _filled(description, {**state["model"], **averaged}, str(path), trusted)
+    known = Description.read(state["description"], str(path))
+    description = known.replaced(weights="ema" if averaged else "raw", step=state["step"])
+    return building.build_filled(description, state["model"] | averaged, str(path), trusted=trusted)
 
 
 def newest_training(run: Path) -> Path | None:
@@ -212,19 +143,11 @@ def load_run(run: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.M
         CheckpointError: there are no such weights.
     """
     exported, checkpoint = run / MODEL_FILE, newest_training(run)
-    if exported.exists() and (ema or (checkpoint is None and _holds_raw(exported))):
-        return load_model(exported, trusted)
+    if exported.exists() and (ema or checkpoint is None):
+        return load_model(exported, ema, trusted)
     if checkpoint is None:
-        what = (
-            "holds averaged (EMA) weights only" if exported.exists() else "has no weights yet: train it first"
-        )
-        raise CheckpointError(str(run), what)
+        raise CheckpointError(str(run), "has no weights yet: train it first")
     return load_training(checkpoint, ema, trusted)
-
-
-def _holds_raw(path: Path) -> bool:
-    description = read_description(path)
-    return isinstance(description, Mapping) and description.get("weights") == "raw"
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

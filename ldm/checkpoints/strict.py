@@ -1,50 +1,31 @@
 """Load a state dict completely or not at all."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.key_report import KeyReport, describe
+from ldm.checkpoints.key_report import KeyReport
 from ldm.weights.errors import CheckpointError
+from ldm.wording import some
 
-
-@dataclass(frozen=True)
-class IgnoreRule:
-    """Extra keys of a file that may be left out, and why; `pattern` is for `re.fullmatch`."""
-
-    pattern: str
-    reason: str
-
-    def matches(self, name: str) -> bool:
-        return re.fullmatch(self.pattern, name) is not None
-
-
-# Extra keys that published checkpoints are known to have; ignored only where the module has no such key.
-HARMLESS: tuple[IgnoreRule, ...] = (
-    IgnoreRule(
-        "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
-        "|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance"
-        "|posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2",
-        "the noise schedule's tables, computed anew from the config",
-    ),
-    IgnoreRule(
-        r"denoiser\.sigmas", "the noise levels of sgm's discrete denoiser, computed anew from the config"
-    ),
-    IgnoreRule("logvar", "the original's per-timestep loss weight; only its training reads it"),
-    IgnoreRule(
-        "scale_factor", "the scale of the latents with scale_by_std; whoever builds the model reads it first"
-    ),
-    IgnoreRule(
-        "ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas|sigmas_for_original_num_steps)",
-        "the sampler's tables, which sampling left behind in the model",
-    ),
-    IgnoreRule(r"(.+\.)?position_ids", "0, 1, 2, ...: a constant buffer of older text encoders"),
-    IgnoreRule(r"(first_stage_model\.)?loss\..+", "LPIPS and discriminator of the autoencoder's training"),
-    IgnoreRule(r"model_ema\..+", "averaged weights, where the raw ones were asked for"),
-)
+#: The noise schedule's tables, which are computed anew from the config.
+TABLES = {
+    "betas|((sqrt_)?alphas_cumprod|alphas_cumprod_prev|(sqrt|log)_one_minus_alphas_cumprod"
+    "|sqrt_recip(m1)?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12]))": "a table",
+}
+#: Extra keys that published checkpoints are known to have, for `re.fullmatch`, and why they may be left out;
+#: only where the module has no such key.
+HARMLESS = TABLES | {
+    r"denoiser\.sigmas": "the noise levels of sgm's discrete denoiser, computed anew from the config",
+    "logvar": "the original's per-timestep loss weight; only its training reads it",
+    "scale_factor": "the scale of the latents with scale_by_std; whoever builds the model reads it first",
+    "ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas|sigmas_for_original_num_steps)": "sampling's",
+    r"(.+\.)?position_ids": "0, 1, 2, ...: a constant buffer of older text encoders",
+    r"(first_stage_model\.)?loss\..+": "LPIPS and discriminator of the autoencoder's training",
+    r"model_ema\..+": "averaged weights, where the raw ones were asked for",
+}
 
 
 class KeyMismatch(CheckpointError):
@@ -59,12 +40,8 @@ class KeyMismatch(CheckpointError):
     """
 
     def __init__(self, where: str, module: str, report: KeyReport):
-        super().__init__(where, describe(report, module))
-        self.missing = report.missing
-        self.extra = report.extra
-        self.misshaped = report.misshaped
-        self.mistyped = report.mistyped
-        self.contradictory = report.contradictory
+        super().__init__(where, report.text(module))
+        vars(self).update(vars(report))
 
 
 class NonFiniteWeights(CheckpointError):
@@ -75,12 +52,8 @@ class NonFiniteWeights(CheckpointError):
     """
 
     def __init__(self, where: str, names: list[str]):
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        super().__init__(
-            where,
-            f"{len(names)} tensors are NaN or infinite, or too large for the module's type: {shown}. "
-            "The training diverged, the file is damaged, or float16 is too narrow for it.",
-        )
+        what = "tensors are NaN or infinite, or too large for the module's type"
+        super().__init__(where, f"{len(names)} {what}: {some(names, 8)}")
         self.names = names
 
 
@@ -88,7 +61,7 @@ def load_strict(
     module: nn.Module,
     tensors: Mapping[str, Tensor],
     *,
-    ignore: Sequence[IgnoreRule] = (),
+    ignore: Collection[str] = (),
     where: str,
     assign: bool = False,
     name: str | None = None,
@@ -102,7 +75,7 @@ def load_strict(
     Args:
         module: with parameters and persistent buffers named as in the file.
         tensors: the state dict, dots and all; prefixes are the caller's to strip.
-        ignore: rules for extra keys that may be left out, such as `HARMLESS`. A missing key is never ignored.
+        ignore: patterns of extra keys that may be left out, as in `HARMLESS`. A missing key is never ignored.
         where: the file, for messages.
         assign: put the tensors themselves into the module instead of copying their values; needed for a
             module on the meta device, and saves memory. Where types agree, its parameters are then views of
@@ -110,86 +83,66 @@ def load_strict(
         name: what to call the module in messages, where its class's name says little.
 
     Raises:
-        KeyMismatch: keys are missing, extra, of another shape or type; it lists all of them.
-        NonFiniteWeights: a tensor has NaN or infinite values.
+        KeyMismatch: keys are missing, extra, of another shape or type; has all of them.
+        NonFiniteWeights: some values are NaN or infinite in the module's type.
         CheckpointError: `tensors` are on the meta device, or the module is and `assign` is False.
     """
+    name = name or type(module).__name__
     targets = _targets(module, where)
-    used = {name: tensor for name, tensor in tensors.items() if name in targets}
-    aliases = _aliases(targets)
-    report = _compare(targets, tensors, ignore)
+    check_keys(targets, tensors, ignore=ignore, where=where, name=name)
+    used = {key: tensor for key, tensor in tensors.items() if key in targets}
     _check_devices(targets, used, where, assign)
+    aliases = _aliases(targets)
+    report = KeyReport(contradictory=_contradictions(used, aliases))
     if not report.empty:
-        raise KeyMismatch(where, name or type(module).__name__, report)
-    report.contradictory = _contradictions(used, aliases)
-    if not report.empty:
-        raise KeyMismatch(where, name or type(module).__name__, report)
-    broken = [name for name, tensor in used.items() if not _fits(tensor, targets[name].dtype)]
+        raise KeyMismatch(where, name, report)
+    broken = [key for key, tensor in used.items() if not _fits(tensor, targets[key].dtype)]
     if broken:
         raise NonFiniteWeights(where, broken)
     if assign:
         _assign(module, targets, used, aliases)
-    else:
-        with torch.no_grad():
-            for name, tensor in used.items():
-                targets[name].copy_(tensor)
+        return
+    with torch.no_grad():
+        for key, tensor in used.items():
+            targets[key].copy_(tensor)
 
 
-def check_shapes(
-    module: nn.Module,
+def check_keys(
+    targets: nn.Module | Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     *,
-    ignore: Sequence[IgnoreRule] = (),
+    ignore: Collection[str] = (),
     where: str,
-    name: str | None = None,
+    name: str,
 ) -> None:
-    """Hold the names, shapes and types of a state dict against a module, which may be on the meta device.
+    """Hold the names, shapes and types of a state dict against a module, or what stands for its parameters.
+
+    Either may be on the meta device.
 
     Raises:
         KeyMismatch: as `load_strict`.
     """
-    report = _compare(_targets(module, where), tensors, ignore)
-    if not report.empty:
-        raise KeyMismatch(where, name or type(module).__name__, report)
-
-
-def _compare(
-    targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], ignore: Sequence[IgnoreRule]
-) -> KeyReport:
-    """Everything but the values."""
+    targets = _targets(targets, where) if isinstance(targets, nn.Module) else targets
     aliases = _aliases(targets)
-    return KeyReport(
+    extra = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in targets}
+    pairs = {key: (tensor, targets[key]) for key, tensor in tensors.items() if key in targets}
+    report = KeyReport(
         missing={
-            name: tuple(target.shape)
-            for name, target in targets.items()
-            if not any(alias in tensors for alias in aliases[name])
+            key: tuple(target.shape)
+            for key, target in targets.items()
+            if not any(alias in tensors for alias in aliases[key])
         },
-        extra={
-            name: tuple(tensor.shape)
-            for name, tensor in tensors.items()
-            if name not in targets and not any(rule.matches(name) for rule in ignore)
-        },
-        misshaped={
-            name: (tuple(tensor.shape), tuple(targets[name].shape))
-            for name, tensor in tensors.items()
-            if name in targets and tensor.shape != targets[name].shape
-        },
-        mistyped={
-            name: (tensor.dtype, targets[name].dtype)
-            for name, tensor in tensors.items()
-            if name in targets and not _convertible(tensor.dtype, targets[name].dtype)
-        },
+        extra={key: shape for key, shape in extra.items() if not ignored(key, ignore)},
+        misshaped={k: (tuple(a.shape), tuple(b.shape)) for k, (a, b) in pairs.items() if a.shape != b.shape},
+        mistyped={k: (a.dtype, b.dtype) for k, (a, b) in pairs.items() if not _convertible(a.dtype, b.dtype)},
     )
+    if not report.empty:
+        raise KeyMismatch(where, name, report)
 
 
-def ignored_keys(names: Iterable[str], rules: Sequence[IgnoreRule] = HARMLESS) -> dict[str, str]:
-    """Name -> reason, for the names that a rule lets pass."""
-    found = {}
-    for name in names:
-        rule = next((rule for rule in rules if rule.matches(name)), None)
-        if rule is not None:
-            found[name] = rule.reason
-    return found
+def ignored(name: str, patterns: Collection[str] = HARMLESS) -> bool:
+    """Whether an extra key of this name may be left out."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _targets(module: nn.Module, where: str) -> dict[str, Tensor]:
@@ -197,9 +150,7 @@ def _targets(module: nn.Module, where: str) -> dict[str, Tensor]:
     targets = module.state_dict(keep_vars=True)
     odd = [name for name, value in targets.items() if not isinstance(value, Tensor)]
     if odd:
-        raise CheckpointError(
-            where, f"{type(module).__name__} keeps state that is no tensor: {', '.join(odd)}"
-        )
+        raise CheckpointError(where, f"{type(module).__name__} keeps state that is no tensor: {some(odd)}")
     return dict(targets)
 
 
@@ -234,11 +185,7 @@ def _check_devices(
         raise CheckpointError(where, f"was read for its shapes only: {len(empty)} tensors have no data")
     meta = [name for name, target in targets.items() if target.is_meta]
     if meta and not assign:
-        raise CheckpointError(
-            where,
-            f"cannot be copied into {len(meta)} parameters on the meta device, such as {meta[0]}; "
-            "use assign=True",
-        )
+        raise CheckpointError(where, f"needs assign=True for the meta device, where {some(meta, 1)} are")
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -263,18 +210,15 @@ def _assign(
     owners = dict(module.named_modules(remove_duplicate=False))
     taken: set[int] = set()
     new: dict[str, Tensor] = {}  # by the first name that the file has, so that tied parameters stay tied
-    for name in targets:
+    for name, old in targets.items():
         source = next(alias for alias in aliases[name] if alias in used)
         if source not in new:
-            new[source] = _own(used[source], targets[name], taken)
+            own = _own(used[source], old, taken)
+            is_parameter = isinstance(old, nn.Parameter)
+            new[source] = nn.Parameter(own, requires_grad=old.requires_grad) if is_parameter else own
         path, _, leaf = name.rpartition(".")
-        target = new[source]
-        if isinstance(targets[name], nn.Parameter):
-            if not isinstance(target, nn.Parameter):
-                target = new[source] = nn.Parameter(target, requires_grad=targets[name].requires_grad)
-            owners[path]._parameters[leaf] = target
-        else:
-            owners[path]._buffers[leaf] = target
+        kept = owners[path]._parameters if isinstance(old, nn.Parameter) else owners[path]._buffers
+        kept[leaf] = new[source]
 
 
 def _own(tensor: Tensor, target: Tensor, taken: set[int]) -> Tensor:

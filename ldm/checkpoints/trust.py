@@ -4,12 +4,12 @@ A model with classes of one's own says in its file how it is built, but a file c
 config that the user hands over beside it can: the targets in it are his.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
+from ldm.checkpoints.description import targets_of
 from ldm.checkpoints.originals.original_yaml import read_tree
 
 
@@ -41,13 +41,3 @@ def trusted_targets(config: str | Path | Mapping) -> frozenset[str]:
     if isinstance(tree.get("first_stage_config"), str):
         found |= trusted_targets(tree["first_stage_config"])
     return found
-
-
-def targets_of(node: Any) -> Iterator[str]:
-    """Every `target` in a tree of plain data."""
-    if isinstance(node, Mapping):
-        if isinstance(node.get("target"), str):
-            yield node["target"]
-        node = list(node.values())
-    for item in node if isinstance(node, list) else ():
-        yield from targets_of(item)

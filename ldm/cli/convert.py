@@ -15,6 +15,13 @@ class Format(str, Enum):
     diffusers = "diffusers"
 
 
+_OPENED_WITH = {
+    Format.native: "ldm.load or sample.py",
+    Format.compvis: "the original's code and the YAML beside it, or with ldm.load",
+    Format.diffusers: "diffusers, part by part, or all of it with ldm.load",
+}
+
+
 def command(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="Whatever ldm.load opens: a run, a file, a folder.")
@@ -40,5 +47,11 @@ def command(
     """
     from ldm.checkpoints.convert import convert
 
-    for line in convert(source, target, to.value, config=config, ema=ema, overwrite=overwrite):
-        typer.echo(line)
+    try:
+        written = convert(source, target, to.value, config=config, ema=ema, overwrite=overwrite)
+    except FileExistsError as error:
+        hint = "choose another folder" if to is Format.diffusers else "choose another DST, or say --overwrite"
+        raise FileExistsError(f"{error}; {hint}") from error
+    for note in written.notes:
+        typer.echo(f"note: {config}: {note}")
+    typer.echo(f"{written.path}: open it with {_OPENED_WITH[to]}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.text import TextEmbedder, Tokenizer, transformers_tokenizer
 from ldm.nn.transformer import FeedForward
 
@@ -88,6 +89,7 @@ class TokenTransformer(nn.Module):
         return self.norm(self.attn_layers(self.emb_dropout(x)))
 
 
+@remembers_arguments
 class BERTEmbedder(TextEmbedder):
     """Texts, or any tokens such as those of bounding boxes, -> features (B, N, dim) for cross-attention.
 

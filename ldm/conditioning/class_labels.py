@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder
 
 
@@ -37,6 +38,7 @@ class _ClassCondition(Embedder):
         return torch.zeros(batch_size, dtype=torch.long, device=device)
 
 
+@remembers_arguments
 class ClassEmbedder(_ClassCondition):
     """Class label -> learned embedding, as one cross-attention token (B, 1, D) or as a vector (B, D).
 
@@ -71,6 +73,7 @@ class ClassEmbedder(_ClassCondition):
         return rows[:, None] if self.kind == "crossattn" else rows
 
 
+@remembers_arguments
 class ClassLabel(_ClassCondition):
     """Class label passed through as integers (B,) for a network that embeds them itself.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.text import (
     TextEmbedder,
     Tokenizer,
@@ -108,6 +109,7 @@ class CLIPTextModel(nn.Module):
         self.text_model = _TextTransformer(**sizes)
 
 
+@remembers_arguments
 class CLIPTextEmbedder(TextEmbedder):
     """Texts -> CLIP's token features (B, 77, width); with `pooled`, also one vector (B, width) a text.
 

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
+
 KINDS = ("crossattn", "vector", "concat")
 
 
@@ -65,6 +67,7 @@ class Embedder(nn.Module):
         )
 
 
+@remembers_arguments
 class Conditioner(nn.Module):
     """Runs the embedders and merges their outputs by kind into `{kind: tensor}`.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder, zero_dropped
 from ldm.models.vit import VisionTransformer, fit_positions
 
@@ -19,6 +20,7 @@ _HEADS = ("head.", "head_dist.", "pre_logits.")
 _LISTED = 10
 
 
+@remembers_arguments
 class ImageEmbedder(Embedder):
     """Images (B, C, H, W) in [-1, 1] -> features of a Vision Transformer; no image is zeros.
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder
 
 _METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
@@ -19,6 +20,7 @@ class _Map(Embedder):
         )
 
 
+@remembers_arguments
 class ImageMap(_Map):
     """A map (B, C, h, w) as it is, or resized bilinearly to `size` pixels (a low-resolution image)."""
 
@@ -31,6 +33,7 @@ class ImageMap(_Map):
         return values if self.size is None else F.interpolate(values, self.size, mode="bilinear")
 
 
+@remembers_arguments
 class SpatialRescaler(_Map):
     """A map (B, in_channels, H, W) -> rescaled `stages` times by `multiplier`, then its channels mixed by a
     1x1 convolution (`channel_mapper`) if `out_channels` is given. For semantic maps.
@@ -86,6 +89,7 @@ class _FirstStageMap(_Map):
         return self._owner[0]
 
 
+@remembers_arguments
 class EncodedImage(_FirstStageMap):
     """An image (B, C, H, W) in [-1, 1] -> its latent (B, c, H / f, W / f), as the first stage encodes it.
 
@@ -104,6 +108,7 @@ class EncodedImage(_FirstStageMap):
         return self.owner.normalize(latent) if self.scaled else latent
 
 
+@remembers_arguments
 class Mask(_FirstStageMap):
     """A mask (B, 1, H, W) of an image -> its nearest values on the latent's grid (B, 1, H / f, W / f)."""
 

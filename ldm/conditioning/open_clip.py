@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.clip import END, START
 from ldm.conditioning.text import (
     TextEmbedder,
@@ -79,6 +80,7 @@ class OpenCLIPText(nn.Module):
         self.ln_final = nn.LayerNorm(width)
 
 
+@remembers_arguments
 class OpenCLIPTextEmbedder(TextEmbedder):
     """Texts -> OpenCLIP's token features (B, 77, width), and with `pooled` also one vector (B, embed_dim).
 

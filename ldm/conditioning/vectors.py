@@ -7,10 +7,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder, zero_dropped
 from ldm.nn.timestep import timestep_embedding
 
 
+@remembers_arguments
 class ClassFeatures(Embedder):
     """Class label -> its row of a table, as one token (B, 1, dim) or as a vector (B, dim).
 
@@ -57,6 +59,7 @@ class ClassFeatures(Embedder):
         return torch.zeros(batch_size, dtype=torch.long, device=device)
 
 
+@remembers_arguments
 class Labels(Embedder):
     """Class labels as they are, for a network that embeds them itself and knows no absent class (ADM)."""
 
@@ -71,6 +74,7 @@ class Labels(Embedder):
         raise ValueError("this model knows no absent class: it cannot be guided without a classifier")
 
 
+@remembers_arguments
 class SinusoidalNumbers(Embedder):
     """Numbers (B,) or (B, n), such as sizes in pixels -> vector (B, n * dim), each embedded as a timestep.
 
@@ -97,6 +101,7 @@ class SinusoidalNumbers(Embedder):
         )
 
 
+@remembers_arguments
 class Features(Embedder):
     """Features that come ready-made with the batch: tokens (B, N, D), vectors (B, D), labels (B,)."""
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
+from ldm.arguments import record, recorded
 from ldm.config import signatures
 from ldm.config.annotations import fitted, mismatch
 from ldm.config.provided import AUTO, Declared, names_for
@@ -150,7 +151,8 @@ def instantiate(
     """Build what a `target` names from its params, nested targets first; `extra` goes to the outermost only.
 
     Plain mappings and lists among the params are handed over as dict and list, numbers as the signature wants
-    them (see `fitted`).
+    them (see `fitted`). What is built remembers target and params (`ldm.arguments`), so that a model with it
+    can be saved.
 
     Raises:
         ConfigError: not a part, a target that may not be called, or the constructor's own ValueError,
@@ -182,8 +184,13 @@ def _build(
         function = signatures.resolve_target(node["target"], allow_foreign)
         accepted = signatures.parameters(function) or {}
         given = {n: fitted(v, accepted[n].annotation) if n in accepted else v for n, v in given.items()}
-        return function(**inner(given, params_path), **extra)
+        params = inner(given, params_path)
+        made = function(**params, **extra)
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise ConfigError(f"{locate(places, path)} ({node['target']}): {error}") from error
+    # What a function gives may remember more of itself than that function was told.
+    if type(made) is function or recorded(made) is None:
+        record(made, node["target"], params | dict(extra))
+    return made

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ldm.arguments import remembers_arguments
 from ldm.diffusion.precision import exact, expand
 
 Denoise = Callable[..., torch.Tensor]
@@ -59,6 +60,7 @@ def predict(denoise: Denoise, x: torch.Tensor, sigma: torch.Tensor, **cond):
     return denoise(x, sigma, **cond), None
 
 
+@remembers_arguments
 class Denoiser:
     """What a network of a given prediction type means. No parameters, no state.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ldm.arguments import remembers_arguments
 from ldm.diffusion.precision import exact, expand, full_precision
 
 #: A zero signal-to-noise ratio is stored as this alphas_cumprod, so that sigma = 1e6 stands for infinity.
@@ -94,6 +95,7 @@ def respaced_timesteps(timesteps: int, spec: str) -> list[int]:
     return chosen
 
 
+@remembers_arguments
 class DiscreteSchedule:
     """Variance-preserving diffusion in T steps: x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise (DDPM, eq. 4).
 
@@ -255,6 +257,7 @@ class DiscreteSchedule:
         return self.sigmas_all.to(device, non_blocking=device.type == "cuda")
 
 
+@remembers_arguments
 class FlowSchedule:
     """Rectified flow: x_t = (1 - t) x0 + t noise (Liu et al. 2022; SD3, eq. 13), so sigma = t / (1 - t).
 
@@ -303,6 +306,7 @@ class FlowSchedule:
         return self.sigma(1000 * shift_time(t, shift))
 
 
+@remembers_arguments
 class EDMSchedule:
     """Diffusion as EDM puts it: samples are not scaled, the network's time is ln(sigma) / 4 (EDM, table 1).
 

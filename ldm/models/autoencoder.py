@@ -6,6 +6,7 @@ Section 3.1 and appendix G of Rombach et al. 2021 (arXiv:2112.10752).
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.models.encoder_decoder import Decoder, Encoder, check_ddconfig
 from ldm.models.gaussian import DiagonalGaussian
 from ldm.models.quantize import VectorQuantizer, VQOutput
@@ -54,6 +55,7 @@ class FirstStage(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
+@remembers_arguments
 class AutoencoderKL(FirstStage):
     """An autoencoder whose latent is a diagonal Gaussian, held loosely to N(0, 1) by the loss' KL term."""
 
@@ -78,6 +80,7 @@ class AutoencoderKL(FirstStage):
         return self.decode(z)
 
 
+@remembers_arguments
 class VQModel(FirstStage):
     """An autoencoder whose latent is quantized to a codebook of `n_embed` vectors; see `VectorQuantizer`.
 
@@ -90,7 +93,7 @@ class VQModel(FirstStage):
         ddconfig: dict,
         n_embed: int,
         embed_dim: int,
-        remap: str | None = None,
+        remap: str | list[int] | None = None,
         sane_index_shape: bool = False,
         legacy: bool = True,
         beta: float = 0.25,
@@ -126,6 +129,7 @@ class VQModel(FirstStage):
         return self.decode(self.quantize(z).quantized)
 
 
+@remembers_arguments
 class IdentityFirstStage(nn.Module):
     """No first stage: the latent is the image, for diffusion in pixel space. It has no parameters."""
 

@@ -5,11 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.models.encoder_decoder import Decoder, Encoder
 from ldm.models.gaussian import DiagonalGaussian
 from ldm.models.quantize import VectorQuantizer, VQOutput
 
 
+@remembers_arguments
 class AutoencodingEngine(nn.Module):
     """Encoder, regularizer, decoder; the encoder's output is the latent (its moments, with "kl").
 
@@ -30,7 +32,7 @@ class AutoencodingEngine(nn.Module):
         regularizer: Literal["kl", "vq", "none"] = "kl",
         n_embed: int | None = None,
         beta: float = 0.25,
-        remap: str | None = None,
+        remap: str | list[int] | None = None,
         unknown_index: str | int = "random",
         sane_index_shape: bool = False,
     ):

@@ -4,6 +4,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
+
 
 class ActNorm(nn.Module):
     """y = scale * (x + loc) per channel, set from the first training batch to zero mean and unit variance.
@@ -64,6 +66,7 @@ def weights_init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+@remembers_arguments
 class NLayerDiscriminator(nn.Module):
     """Judges overlapping patches as real or generated: (B, input_nc, H, W) -> logits (B, 1, H', W').
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.models.vit import Mlp
 from ldm.nn.checkpoint import checkpoint
 from ldm.nn.init import zero_module
@@ -178,6 +179,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+@remembers_arguments
 class DiT(nn.Module):
     """Predicts, from a noisy sample and its time, what the denoiser asks for; called as `UNetModel` is.
 

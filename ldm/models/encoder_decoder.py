@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.arguments import arguments_of, remembers_arguments
 from ldm.nn.attention import make_attn
 from ldm.nn.resblock import Downsample, ResBlock, Upsample, normalize
 
@@ -62,6 +63,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(h)))
 
 
+@remembers_arguments
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> (B, z_channels, H / f, W / f), twice the channels with `double_z`.
 
@@ -130,6 +132,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
+@remembers_arguments
 class Decoder(nn.Module):
     """Latents (B, z_channels, h, w) -> images (B, out_ch, f * h, f * w); arguments as for `Encoder`.
 
@@ -229,3 +232,28 @@ def check_ddconfig(ddconfig: dict) -> None:
     missing = sorted(required - set(ddconfig))
     if missing:
         raise ValueError(f"ddconfig lacks {', '.join(missing)}")
+
+
+def ddconfig_of(encoder: Encoder, decoder: Decoder) -> dict[str, Any]:
+    """The `ddconfig` of both, with every key, kinds of attention by today's names.
+
+    Raises:
+        ValueError: the decoder is no mirror image of the encoder.
+    """
+    ours, theirs = ({**arguments_of(half), "use_linear_attn": False} for half in (encoder, decoder))
+    for arguments, half in ((ours, encoder), (theirs, decoder)):
+        if arguments_of(half)["use_linear_attn"]:
+            arguments["attn_type"] = "linear"
+    shared = ("ch", "ch_mult", "num_res_blocks", "attn_type", "num_groups", "resamp_with_conv")
+    alike = all(_plain(ours[name]) == _plain(theirs[name]) for name in shared)
+    levels = [[len(level.attn) > 0 for level in half] for half in (encoder.down, decoder.up)]
+    if not alike or levels[0] != levels[1]:
+        raise ValueError("its decoder is no mirror image of its encoder")
+    of_decoder = {name: theirs[name] for name in ("out_ch", "give_pre_end", "tanh_out")}
+    merged = {name: _plain(value) for name, value in {**ours, **of_decoder}.items()}
+    del merged["use_linear_attn"]
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

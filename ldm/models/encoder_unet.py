@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.models.unet import UNetModel
 from ldm.models.unet_encoder import UNetBlocks, UNetEncoder
 from ldm.nn.attention import QKVAttention
@@ -60,6 +61,7 @@ class AttentionPool(nn.Module):
         return self.c_proj(x)[:, :, 0]
 
 
+@remembers_arguments
 class EncoderUNetModel(UNetEncoder):
     """The downsampling half of the UNet as a classifier of noisy images.
 
@@ -159,6 +161,7 @@ class EncoderUNetModel(UNetEncoder):
         return self.out(h)
 
 
+@remembers_arguments
 class SuperResModel(UNetModel):
     """A UNet that sees, beside the noisy image, a low-resolution one.
 

@@ -174,11 +174,11 @@ def _read_used(remap: str | os.PathLike | list[int], n_embed: int) -> Tensor:
 
             used = torch.from_numpy(np.load(path, allow_pickle=False).astype("int64"))
         elif path.suffix == ".txt":
-            used = torch.tensor([int(word) for word in path.read_text().split()], dtype=torch.int64)
+            used = _numbers(path.read_text().split())
         else:
             raise ValueError(f"remap: {path} is neither a .npy nor a .txt file of code indices")
     else:
-        used = torch.tensor([int(index) for index in remap], dtype=torch.int64)
+        used = _numbers(remap)
     if used.ndim != 1 or len(used) == 0 or used.min() < 0 or used.max() >= n_embed:
         raise ValueError(
             f"remap: expected a list of code indices within 0...{n_embed - 1}, got {used.tolist()[:8]}..."
@@ -195,3 +195,8 @@ def _check_unknown(unknown_index: str | int, count: int) -> str | int:
     raise ValueError(
         f'unknown_index: "random", "extra" or an index within 0...{count - 1}, got {unknown_index!r}'
     )
+
+
+def _numbers(values: list) -> Tensor:
+    # The device is said, so that a model built under a meta device still gets numbers.
+    return torch.tensor([int(value) for value in values], dtype=torch.int64, device="cpu")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.models.unet_encoder import UNetBlocks, UNetEncoder
 from ldm.nn.init import conv_nd, zero_module
 from ldm.nn.resblock import normalize
@@ -20,6 +21,7 @@ from ldm.nn.timestep import TimestepEmbedSequential
 _TRANSFORMER_ATTENTIONS = ("softmax", "softmax-xformers")
 
 
+@remembers_arguments
 class UNetModel(UNetEncoder):
     """The UNet: predicts, from a noisy sample and its time, what the denoiser asks for (noise, v, ...).
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldm.arguments import remembers_arguments
 from ldm.nn.checkpoint import checkpoint
 from ldm.nn.patch import PatchEmbed, Size, as_pair, interpolate_positions
 from ldm.nn.sequence_attention import ViTAttention
@@ -138,6 +139,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+@remembers_arguments
 class VisionTransformer(nn.Module):
     """Images to class logits, or to one feature vector for each patch.
 

@@ -13,11 +13,10 @@ from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from ldm import config as configuration
+from ldm.checkpoints.description import Description, described
 from ldm.diffusion.random import subseed
 from ldm.training.ema import EMA
 from ldm.training.optimization import base_lr, clip_gradients, guarded_step, lr_factor, make_optimizer
@@ -108,9 +107,10 @@ class Method(pl.LightningModule):
         """A picture; called with averaged weights, in eval mode, without gradients."""
         raise NotImplementedError
 
-    def describe(self, cfg: DictConfig) -> dict:
-        """How the model is built, as {target, params}."""
-        return configuration.to_plain(cfg.model)
+    def describe(self) -> Description:
+        """What the run's files say of its model."""
+        known = {"classes": self.classes, "image_size": self.image_size, "sampling": self.sampling}
+        return described(self.model).replaced(**known)
 
     def parts(self) -> dict[str, nn.Module]:
         """Everything that lies in memory, by a name for people, the network that is trained first."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldm import config as configuration
 from ldm.checkpoints import native
+from ldm.checkpoints.description import Description
 from ldm.files import Busy, locked
 from ldm.training.run_config import complete, load_run
 from ldm.weights.errors import CorruptCheckpoint
@@ -152,14 +153,14 @@ class RunFolder:
             )
         return None, []
 
-    def save(self, state: dict, description: dict, keep: int) -> Path:
+    def save(self, state: dict, description: Description, keep: int) -> Path:
         """Write a checkpoint and the exported model, then drop the oldest beyond `keep`.
 
         Raises:
             OSError: the disk is full or cannot be written; what was there before is untouched.
         """
         path = self.checkpoints / f"step-{state['step']:08d}.ckpt"
-        state = {"format": native.FORMAT, "description": description, **state}
+        state = {"format": native.FORMAT, "description": description.plain(), **state}
         try:
             native.save_training(path, state)
             self._export(state)
@@ -188,7 +189,7 @@ class RunFolder:
 
     def _export(self, state: dict) -> None:
         weights = "ema" if state["ema"] else "raw"
-        described = dict(state["description"], weights=weights, step=state["step"])
+        described = {**state["description"], "weights": weights, "step": state["step"]}
         native.save_model(self.model, {**state["model"], **state["ema"]}, described)
 
 

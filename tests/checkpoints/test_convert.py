@@ -13,8 +13,8 @@ from reference_data import relative_error
 
 import ldm
 from ldm.checkpoints import native
-from ldm.checkpoints.architecture import NotExpressible
 from ldm.checkpoints.convert import convert
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.originals.compvis_export import is_exported, save_compvis
 from ldm.checkpoints.originals.compvis_yaml import original_config
 from ldm.checkpoints.strict import KeyMismatch
@@ -292,6 +292,20 @@ def test_mistakes_are_told_in_one_line(cli, native_file, tmp_path):
     assert cli("convert", source, tmp_path / "out", "--to", "onnx").status == 2
 
 
+def test_convert_as_a_call(native_file, tmp_path):
+    source = native_file("vq")
+    written = ldm.convert(source, tmp_path / "a" / "b")
+    assert (written.path, written.notes) == (tmp_path / "a" / "b" / "model.safetensors", ())
+    assert written.files == (written.path,) and written.path.read_bytes() == source.read_bytes()
+    folder = ldm.convert(str(source), str(tmp_path / "c"), "diffusers")
+    assert {file.parent.name for file in folder.files} == {"c", "scheduler", "unet", "vqvae"}
+    with pytest.raises(FileExistsError, match="exists already"):
+        ldm.convert(source, written.path)
+    assert ldm.convert(source, written.path, overwrite=True).path == written.path
+    with pytest.raises(ValueError, match="format 'onnx' is none of native, compvis, diffusers"):
+        ldm.convert(source, tmp_path / "d", "onnx")
+
+
 def test_an_original_checkpoint_becomes_one_file_that_describes_itself(native_file, tmp_path):
     convert(native_file("kl-class-tokens"), tmp_path / "original.ckpt", "compvis")
     content = torch.load(tmp_path / "original.ckpt", weights_only=True)
@@ -303,16 +317,3 @@ def test_an_original_checkpoint_becomes_one_file_that_describes_itself(native_fi
     again, expected = ldm.load(tmp_path / "own.safetensors"), ldm.load(tmp_path / "model.safetensors")
     assert same_weights(again.network, expected.network)
     assert same_weights(again.first_stage_model, expected.first_stage_model)
-
-
-def test_a_description_that_does_not_fit_its_weights_is_not_written(tmp_path):
-    model = build(*MODELS["vq"])
-    model.description["model"]["params"]["network"] = wide(num_res_blocks=2)
-    from ldm.checkpoints.convert import save_native
-
-    with pytest.raises(ValueError, match="does not fit"):
-        save_native(model, tmp_path / "out.safetensors", "test")
-    del model.description
-    with pytest.raises(ValueError, match="does not say how"):
-        save_native(model, tmp_path / "out.safetensors", "test")
-    assert list(tmp_path.iterdir()) == []

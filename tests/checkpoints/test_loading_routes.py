@@ -110,7 +110,7 @@ NETWORK, STAGE, SCHEDULE = ("network",), ("first_stage",), ("denoiser", "params"
     ],
 )
 def test_absurd_sizes_stop_before_memory_does(place, key, value, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.checkpoints.unfilled._MOST_PARAMETERS", 2000)
+    monkeypatch.setattr("ldm.checkpoints.building._MOST_PARAMETERS", 2000)
     message = message.replace("50000", "2000")
     model = build("vq-unconditional")
     described = copy.deepcopy(model.description)
@@ -381,11 +381,11 @@ def original_text_model(name: str) -> dict:
 
 @pytest.mark.parametrize("name", ["bert", "clip"])
 def test_published_text_conditions_go_back_into_the_originals_format(name, tmp_path, monkeypatch):
-    from ldm.checkpoints.originals import text_versions
+    from ldm.checkpoints.originals import compvis_conditions
     from ldm.checkpoints.originals.original_yaml import read_original
     from ldm.checkpoints.originals.published import build_empty, translate
 
-    monkeypatch.setitem(text_versions.CLIP_VERSIONS, "openai/clip-vit-large-patch14", (768, 1, 12))
+    monkeypatch.setitem(compvis_conditions.CLIP_VERSIONS, "openai/clip-vit-large-patch14", (768, 1, 12))
     tree = original_text_model(name)
     translated = translate(read_original(tree))
     view = translated.view(build_empty(translated))
@@ -394,8 +394,10 @@ def test_published_text_conditions_go_back_into_the_originals_format(name, tmp_p
         key: 0.02 * torch.randn(value.shape, generator=generator) for key, value in view.state_dict().items()
     }
     path = lightning_checkpoint(tmp_path / "sd.ckpt", weights)
-    lines = convert(path, tmp_path / "again.ckpt", "compvis", config=write_config(tmp_path / "sd.yaml", tree))
-    assert lines[-1].startswith(str(tmp_path / "again.ckpt"))
+    written = convert(
+        path, tmp_path / "again.ckpt", "compvis", config=write_config(tmp_path / "sd.yaml", tree)
+    )
+    assert written.files == (tmp_path / "again.ckpt", tmp_path / "again.yaml")
     content = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(content[key], value) for key, value in weights.items())
     described = ldm.load(tmp_path / "again.ckpt")
@@ -413,7 +415,5 @@ def test_sections_that_were_not_read_are_told_on_conversion(state, tmp_path):
     }
     config = write_config(tmp_path / "config.yaml", tree)
     path = lightning_checkpoint(tmp_path / "last.ckpt", state)
-    lines = convert(path, tmp_path / "model.safetensors", "native", config=config)
-    assert any(
-        line.startswith(f"note: {config}: data: not read") and "unreleased.Faces" in line for line in lines
-    )
+    written = convert(path, tmp_path / "model.safetensors", "native", config=config)
+    assert any(note.startswith("data: not read") and "unreleased.Faces" in note for note in written.notes)

@@ -168,6 +168,17 @@ def test_only_parts_of_models_are_built(target, tmp_path):
         ldm.load(path)
 
 
+def test_parts_hidden_in_tuples_are_found_too(run, tmp_path):
+    """A pickle has tuples, which a description in JSON has not."""
+    described = nested("ldm.data.ImageFolder")
+    embedders = described["model"]["params"]["conditioner"]["params"]
+    embedders["embedders"] = (*embedders["embedders"],)
+    state = native.read_training(run / "checkpoints" / "step-00000002.ckpt")
+    native.save_training(tmp_path / "step-00000002.ckpt", {**state, "description": described})
+    with pytest.raises(CheckpointError, match="asks for ldm.data.ImageFolder, which is no part of a model"):
+        ldm.load(tmp_path / "step-00000002.ckpt")
+
+
 def test_environment_and_files_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "32")
     described = description()

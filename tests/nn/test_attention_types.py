@@ -8,7 +8,8 @@ from reference_data import noise
 from torch import nn
 
 from ldm import config as configuration
-from ldm.checkpoints.architecture import NotExpressible, first_stage_arguments, unet_arguments
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.unet_writing import unet_config
 from ldm.checkpoints.diffusers.vae import first_stage_config
 from ldm.models.autoencoder import AutoencoderKL
@@ -161,7 +162,7 @@ def test_a_half_of_cbam_by_config(build, loss_of, parts):
     loss_of(model).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     if build is unet:
-        again = UNetModel(**unet_arguments(model))
+        again = UNetModel(**arguments_of(model))
         assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
@@ -185,13 +186,13 @@ def test_attention_stands_at_the_resolution_asked_for_alone(attn_type):
     ]
 
 
-def test_the_arguments_can_be_read_off_the_network():
+def test_the_network_remembers_its_arguments():
     model = unet("cbam", attn_options={"reduction": 4})
-    again = UNetModel(**unet_arguments(model))
+    again = UNetModel(**arguments_of(model))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in again.state_dict().items()} == shapes
     first = autoencoder("se", attn_options={"reduction": 4})
-    again = AutoencoderKL(**first_stage_arguments(first))
+    again = AutoencoderKL(**arguments_of(first))
     assert [tuple(p.shape) for p in again.parameters()] == [tuple(p.shape) for p in first.parameters()]
 
 

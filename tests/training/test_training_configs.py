@@ -315,8 +315,8 @@ def test_options_of_the_sampler_in_a_config(place):
         config["sampling"] = {"sampler": "ddim", "steps": 2, **own}
         path = T.write_config(place / f"options-{name}.yaml", config)
         built = stage(path, [])
-        assert built._sampling.options == built.description["sampling"]["options"] == {"eta": 0.5}
-        assert "eta" not in built.description["sampling"] and "eta: 0.5" in complete_yaml(*load_run(path))
+        assert built._sampling.options == built.describe().sampling["options"] == {"eta": 0.5}
+        assert "eta" not in built.describe().sampling and "eta: 0.5" in complete_yaml(*load_run(path))
     path = place / "options-new.yaml"
     assert load_run(path, ["sampling.options.eta=1"])[1].sampling.options == {"eta": 1}
     other = ["sampling.sampler=ddpm", "sampling.options.variance=large"]

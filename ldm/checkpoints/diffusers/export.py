@@ -8,9 +8,6 @@ a note of our own, `ldm.json`, by which `ldm.load` gives back exactly what was w
 
 import copy
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import native
-from ldm.checkpoints.architecture import NotExpressible, attention_layers
+from ldm.checkpoints.description import Description, NotExpressible
 from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
 from ldm.checkpoints.diffusers import unet_writing as diffusers_unet
 from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
 from ldm.checkpoints.diffusers.model_config import DIFFUSERS_VERSION
-from ldm.checkpoints.diffusers.names import Places, first_stage_places, to_diffusers, unet_places
+from ldm.checkpoints.diffusers.names import places_of, to_diffusers
+from ldm.checkpoints.diffusers.part import CLASS_TABLE
 from ldm.conditioning import ClassEmbedder
-from ldm.files import whole_file
+from ldm.files import whole_file, whole_folder
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage, VQModel
 from ldm.models.unet import UNetModel
-from ldm.nn.transformer import SpatialTransformer
 from ldm.weights.writing import write_safetensors
 
 NOTE = "ldm.json"
@@ -44,100 +40,78 @@ CONDITIONER = "conditioner/model.safetensors"
 TABLE_PREFIX = "network."
 
 
-def save_diffusers(model: nn.Module, folder: str | Path, description: Mapping | None = None) -> None:
+def save_diffusers(model: nn.Module, folder: str | Path) -> None:
     """Write a model for diffusers; the folder appears whole or not at all.
 
     Args:
         model: a first stage, a UNet, or a `LatentDiffusion` of both.
         folder: must not exist, or be empty.
-        description: of the model, as native files have it; `model.description` where not given.
 
     Raises:
         NotExpressible: something that diffusers' classes do not have, all of it named; nothing is written.
         FileExistsError: there is something in the folder.
     """
     folder = Path(folder).absolute()
-    description = dict(getattr(model, "description", None) or {} if description is None else description)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; choose another folder")
-    configs = folder_configs(model, description)
-    weights = folder_weights(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
+    configs, weights = folder_configs(model), folder_weights(model)
+    with whole_folder(folder) as fresh:
         for name, content in configs.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            with whole_file(partial / name, durable=True) as file:
-                file.write(text.encode())
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(fresh / name, durable=True) as file:
+                file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
         for name, tensors in weights.items():
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            write_safetensors(partial / name, tensors, {"format": "pt"})
-        if folder.exists():
-            folder.rmdir()  # empty, as was checked
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(fresh / name, tensors, {"format": "pt"})
 
 
-def folder_configs(model: nn.Module, description: Mapping) -> dict[str, dict[str, Any]]:
+def folder_configs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Path within the folder -> JSON object, for every JSON file."""
+    known: Description | None = getattr(model, "description", None)
     if isinstance(model, LatentDiffusion):
-        configs = _model_configs(model, description)
+        configs = _model_configs(model, known.sampling if known else None)
+    elif isinstance(model, UNetModel):
+        configs = {CONFIG: diffusers_unet.unet_config(model)}
     else:
-        configs = {CONFIG: _part_config(model, description)}
+        size = known.image_size if known else None
+        side = max(size) if isinstance(size, list) else size
+        config = diffusers_autoencoder.first_stage_config(model, side)
+        # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
+        configs = {CONFIG: config | {"scaling_factor": 1.0}}
     configs = {name: {**config, "_diffusers_version": DIFFUSERS_VERSION} for name, config in configs.items()}
-    note = _note(model, description)
-    return configs | ({NOTE: note} if note else {})
-
-
-def _part_config(model: nn.Module, description: Mapping) -> dict[str, Any]:
-    """The config of a UNet or a first stage alone."""
-    if isinstance(model, UNetModel):
-        return diffusers_unet.unet_config(model)
-    size = description.get("image_size")
-    side = max(size) if isinstance(size, list | tuple) else size
-    # Of an autoencoder alone no scale is known; left out, diffusers would take Stable Diffusion's.
-    return diffusers_autoencoder.first_stage_config(model, side) | {"scaling_factor": 1.0}
-
-
-def _note(model: nn.Module, description: Mapping) -> dict[str, Any] | None:
-    """Our own record; None where the model has no description in the native format."""
-    if description.get("format") != native.FORMAT:
-        return None
-    note: dict[str, Any] = {"format": NOTE_FORMAT, "description": dict(description)}
+    if known is None:
+        return configs
+    note = {"format": NOTE_FORMAT, "description": known.plain()}
     if isinstance(model, LatentDiffusion):
-        for name in ("latent_shift", "latent_scale"):
-            note[name] = getattr(model, name).flatten().float().tolist()
-    return note
+        note |= dict(zip(("latent_shift", "latent_scale"), _latent_numbers(model), strict=True))
+    return configs | {NOTE: note}
 
 
-def _model_configs(model: LatentDiffusion, description: Mapping) -> dict[str, dict[str, Any]]:
+def _latent_numbers(model: LatentDiffusion) -> tuple[list[float], list[float]]:
+    """The latents' shift and scale, one number a channel."""
+    return tuple(t.flatten().float().tolist() for t in (model.latent_shift, model.latent_scale))
+
+
+def _model_configs(model: LatentDiffusion, sampling: Mapping | None) -> dict[str, dict[str, Any]]:
     _, height, width = model.latent_shape
     sample_size = height if height == width else [height, width]
     table = class_table(model)
+    rows = None if table is None else len(table)
     configs = {
-        f"unet/{CONFIG}": diffusers_unet.unet_config(
-            model.network, sample_size, None if table is None else len(table)
-        ),
-        SCHEDULER: diffusers_scheduler.scheduler_config(model.denoiser, description.get("sampling")),
+        f"unet/{CONFIG}": diffusers_unet.unet_config(model.network, sample_size, rows),
+        SCHEDULER: diffusers_scheduler.scheduler_config(model.denoiser, sampling),
     }
-    shift, scale = (
-        getattr(model, name).flatten().float().tolist() for name in ("latent_shift", "latent_scale")
-    )
+    shift, scale = _latent_numbers(model)
     first_stage = model.first_stage_model
     if not isinstance(first_stage, IdentityFirstStage):
         config = diffusers_autoencoder.first_stage_config(first_stage, max(model.image_size))
         # A VQModel has a place for one number only. Where that is not all there is, it is left neutral.
-        config |= diffusers_autoencoder.scale_config(
-            shift, scale, one_number=isinstance(first_stage, VQModel)
-        )
+        one = isinstance(first_stage, VQModel)
+        config |= diffusers_autoencoder.scale_config(shift, scale, one_number=one)
         configs[f"{first_stage_folder(first_stage)}/{CONFIG}"] = config
     elif (set(shift), set(scale)) != ({0.0}, {1.0}):
-        raise NotExpressible(
-            "diffusers has no place for it", ["images are shifted and scaled without a first stage"]
-        )
+        reasons = ["images are shifted and scaled without a first stage"]
+        raise NotExpressible("diffusers has no place for it", reasons)
     index = pipeline_index(model, configs, shift, scale)
     return configs | ({INDEX: index} if index else {})
 
@@ -158,13 +132,8 @@ def pipeline_index(
     unconditional = not len(model.conditioner.embedders) and model.network.num_classes is None
     square = model.latent_shape[1] == model.latent_shape[2]
     one_scale = len(set(scale)) == 1 and set(shift) == {0.0}
-    if (
-        not unconditional
-        or not square
-        or network != "UNet2DModel"
-        or scheduler != "DDIMScheduler"
-        or not one_scale
-    ):
+    sampled_alike = (network, scheduler) == ("UNet2DModel", "DDIMScheduler")
+    if not (unconditional and square and one_scale and sampled_alike):
         return None
     parts = {"unet": ["diffusers", network], "scheduler": ["diffusers", scheduler]}
     if isinstance(model.first_stage_model, VQModel):
@@ -177,33 +146,25 @@ def pipeline_index(
 def folder_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Path within the folder -> tensors, for every file of weights."""
     if not isinstance(model, LatentDiffusion):
-        places = unet_places(model) if isinstance(model, UNetModel) else first_stage_places(model)
-        return {WEIGHTS: to_diffusers(model.state_dict(), places)}
+        return {WEIGHTS: to_diffusers(model.state_dict(), places_of(model))}
     conditioner = dict(model.conditioner.state_dict())
     tensors = model.network.state_dict()
-    table = class_table(model)
-    if table is not None:
-        moved = label_names(model.network)
-        conditioner |= {f"{TABLE_PREFIX}{name}": tensors.pop(name) for name in moved}
-    network = to_diffusers(tensors, network_places(model))
-    files = {f"unet/{WEIGHTS}": network if table is None else {**network, "class_embedding.weight": table}}
+    moved, table = moved_names(model), class_table(model)
+    conditioner |= {f"{TABLE_PREFIX}{name}": tensors.pop(name) for name in moved}
+    network = to_diffusers(tensors, places_of(model.network))
+    files = {f"unet/{WEIGHTS}": network if table is None else {**network, CLASS_TABLE: table}}
     first_stage = model.first_stage_model
     if not isinstance(first_stage, IdentityFirstStage):
-        written = to_diffusers(first_stage.state_dict(), first_stage_places(first_stage))
+        written = to_diffusers(first_stage.state_dict(), places_of(first_stage))
         files[f"{first_stage_folder(first_stage)}/{WEIGHTS}"] = written
     return files | ({CONDITIONER: conditioner} if conditioner else {})
 
 
-def network_places(model: LatentDiffusion) -> Places:
-    """Places of the network's parameters, without those that a table of class embeddings stands for."""
-    places = unet_places(model.network)
-    moved = label_names(model.network) if has_class_table(model) else []
-    return {name: place for name, place in places.items() if name not in moved}
-
-
-def label_names(network: UNetModel) -> list[str]:
-    """Parameters of the network for `y`."""
-    return [f"label_emb.{name}" for name, _ in network.label_emb.named_parameters()]
+def moved_names(model: LatentDiffusion) -> list[str]:
+    """Parameters of the network for `y`, where a table of class embeddings stands for them."""
+    if not has_class_table(model):
+        return []
+    return [f"label_emb.{name}" for name, _ in model.network.label_emb.named_parameters()]
 
 
 def has_class_table(model: LatentDiffusion) -> bool:
@@ -212,7 +173,7 @@ def has_class_table(model: LatentDiffusion) -> bool:
     return (
         isinstance(model.network, UNetModel)
         and model.network.num_classes == "sequential"
-        and not any(isinstance(layer, SpatialTransformer) for layer in attention_layers(model.network))
+        and not diffusers_unet.has_transformers(model.network)
         and len(embedders) == 1
         and isinstance(embedders[0], ClassEmbedder)
         and embedders[0].kind == "vector"

@@ -11,22 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints import native
+from ldm.checkpoints.building import build_filled
+from ldm.checkpoints.description import Description
 from ldm.checkpoints.diffusers import export as diffusers_export
 from ldm.checkpoints.diffusers.export import CONDITIONER, CONFIG, INDEX, NOTE, NOTE_FORMAT, TABLE_PREFIX
 from ldm.checkpoints.diffusers.model_config import read_config
-from ldm.checkpoints.diffusers.names import from_diffusers
-from ldm.checkpoints.diffusers.part import part_tensors, part_tree, prefixed, shapes_of, weights_file
-from ldm.checkpoints.diffusers.pipeline import fresh_description, load_pipeline
-from ldm.checkpoints.strict import load_strict
-from ldm.checkpoints.unfilled import build_unfilled
+from ldm.checkpoints.diffusers.part import CLASS_TABLE, part_tensors, part_tree, prefixed, weights_file
+from ldm.checkpoints.diffusers.pipeline import load_pipeline
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint
 from ldm.weights.reading import read_weights
 
-_TABLE = "class_embedding.weight"
-_TABLE_TOLERANCE = 1e-4  # of its largest entry: it was computed elsewhere
+_TOLERANCE = 1e-4  # of its largest entry: it was computed elsewhere
 
 
 def is_diffusers_folder(path: Path) -> bool:
@@ -57,35 +54,32 @@ def load_diffusers(folder: str | Path, ema: bool = True) -> nn.Module:
         return load_pipeline(folder, ema)
     config = read_config(folder / CONFIG)
     tree = part_tree(config, str(folder / CONFIG))
-    model = build_unfilled(tree, str(folder / CONFIG))
-    load_strict(model, part_tensors(folder, model, config, ema), where=str(folder), assign=True)
-    return native.describe(model, fresh_description(tree))
+    return build_filled(
+        Description(tree), lambda model: part_tensors(folder, model, config, ema), str(folder)
+    )
 
 
 def _load_noted(folder: Path, ema: bool) -> nn.Module:
     where = str(folder / NOTE)
     note = read_config(folder / NOTE)
-    description = note.get("description")
-    if note.get("format") != NOTE_FORMAT or not isinstance(description, dict) or "model" not in description:
+    if note.get("format") != NOTE_FORMAT:
         raise CheckpointError(where, f"has format {note.get('format')!r}; this version reads {NOTE_FORMAT!r}")
-    if not ema and description.get("weights") == "ema":
-        raise CheckpointError(str(folder), "holds averaged (EMA) weights only")
-    if description.get("format") != native.FORMAT or not isinstance(description["model"], dict):
-        raise CheckpointError(
-            where, f"describes a model in format {description.get('format')!r}, not {native.FORMAT!r}"
-        )
-    tree = description["model"]
-    model = build_unfilled(tree, where)
-    if isinstance(model, LatentDiffusion):
-        _fill_noted(folder, model, note, ema)
-        _unchanged_configs(folder, model, description)
-    else:
-        config = _unchanged_configs(folder, model, description)[CONFIG]
-        load_strict(model, part_tensors(folder, model, config, ema), where=str(folder), assign=True)
-    return native.describe(model, description)
+    description = Description.read(note.get("description"), where)
+    description.check_weights(ema, str(folder))
+
+    def tensors(model: nn.Module) -> dict[str, Tensor]:
+        if isinstance(model, LatentDiffusion):
+            return _noted_tensors(folder, model, note, ema)
+        return part_tensors(folder, model, read_config(folder / CONFIG), ema)
+
+    model = build_filled(description, tensors, where)
+    _check_configs(folder, model)
+    if isinstance(model, LatentDiffusion) and diffusers_export.has_class_table(model):
+        _check_table(folder, model, ema)
+    return model
 
 
-def _fill_noted(folder: Path, model: LatentDiffusion, note: Mapping, ema: bool) -> None:
+def _noted_tensors(folder: Path, model: LatentDiffusion, note: Mapping, ema: bool) -> dict[str, Tensor]:
     """Every parameter and buffer of a model from the files that `save_diffusers` wrote."""
     tensors: dict[str, Tensor] = {}
     for name in ("latent_shift", "latent_scale"):
@@ -93,48 +87,40 @@ def _fill_noted(folder: Path, model: LatentDiffusion, note: Mapping, ema: bool) 
             values = torch.tensor(note[name], dtype=torch.float32)
             tensors[name] = values.reshape(getattr(model, name).shape)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CorruptCheckpoint(
-                str(folder / NOTE), f"its {name} is no list of numbers: {error}"
-            ) from error
+            what = f"its {name} is no list of numbers: {error}"
+            raise CorruptCheckpoint(str(folder / NOTE), what) from error
     conditioner = read_weights(folder / CONDITIONER).tensors if (folder / CONDITIONER).is_file() else {}
-    labels = {n.removeprefix(TABLE_PREFIX): t for n, t in conditioner.items() if n.startswith(TABLE_PREFIX)}
-    tensors |= prefixed(
-        "conditioner", {n: t for n, t in conditioner.items() if not n.startswith(TABLE_PREFIX)}
-    )
-    config = read_config(folder / "unet" / CONFIG)
-    places, file = diffusers_export.network_places(model), weights_file(folder / "unet", ema)
-    found = dict(read_weights(file).tensors)
-    table = found.pop(_TABLE, None) if diffusers_export.has_class_table(model) else None
-    network = from_diffusers(found, places, shapes_of(model.network), str(file), config["_class_name"])
-    tensors |= prefixed("model.diffusion_model", {**network, **labels})
-    if not isinstance(model.first_stage_model, IdentityFirstStage):
-        part = folder / diffusers_export.first_stage_folder(model.first_stage_model)
-        tensors |= prefixed(
-            "first_stage_model", part_tensors(part, model.first_stage_model, read_config(part / CONFIG), ema)
-        )
-    load_strict(model, tensors, where=str(folder), assign=True)
-    if diffusers_export.has_class_table(model):
-        _check_table(table, model, str(file))
+    for name, tensor in conditioner.items():
+        moved = name.removeprefix(TABLE_PREFIX)
+        tensors[f"conditioner.{name}" if moved == name else f"model.diffusion_model.{moved}"] = tensor
+    parts = {"model.diffusion_model": ("unet", model.network)}
+    if not isinstance(first_stage := model.first_stage_model, IdentityFirstStage):
+        parts["first_stage_model"] = (diffusers_export.first_stage_folder(first_stage), first_stage)
+    for prefix, (name, module) in parts.items():
+        config = read_config(folder / name / CONFIG)
+        without = diffusers_export.moved_names(model) if module is model.network else ()
+        tensors |= prefixed(prefix, part_tensors(folder / name, module, config, ema, without))
+    return tensors
 
 
-def _check_table(table: Tensor | None, model: LatentDiffusion, where: str) -> None:
+def _check_table(folder: Path, model: LatentDiffusion, ema: bool) -> None:
     """The network's table of classes against the layers that it stands for, which are what is loaded."""
+    where = weights_file(folder / "unet", ema)
+    table = read_weights(where).tensors.get(CLASS_TABLE)
     expected = diffusers_export.class_table(model)
     if table is None or table.shape != expected.shape:
-        raise CheckpointError(where, f"{_TABLE} is missing or no table of {tuple(expected.shape)}")
-    tolerance = max(_TABLE_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
+        raise CheckpointError(str(where), f"{CLASS_TABLE} is missing or no table of {tuple(expected.shape)}")
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
     if (table.float() - expected.float()).abs().max() > tolerance * expected.float().abs().max():
-        raise CheckpointError(
-            where, f"{_TABLE} was changed after the export; the layers in {CONDITIONER} say something else"
-        )
+        raise CheckpointError(str(where), f"{CLASS_TABLE} was changed: {CONDITIONER} says something else")
 
 
-def _unchanged_configs(folder: Path, model: nn.Module, description: Mapping) -> dict[str, dict]:
-    """The configs beside the note, none of which may say anything else than the note does.
+def _check_configs(folder: Path, model: nn.Module) -> None:
+    """None of the configs beside the note may say anything else than the note does.
 
     Keys that diffusers added when it saved a part again are no contradiction.
     """
-    expected = json.loads(json.dumps(diffusers_export.folder_configs(model, description)))
+    expected = json.loads(json.dumps(diffusers_export.folder_configs(model)))
     for name, wanted in expected.items():
         if name in (NOTE, INDEX):
             continue
@@ -145,9 +131,5 @@ def _unchanged_configs(folder: Path, model: nn.Module, description: Mapping) -> 
             if not key.startswith("_diffusers") and found.get(key) != value
         ]
         if changed:
-            raise CheckpointError(
-                str(folder / name),
-                f"was changed after the export: {', '.join(changed)}. Without {NOTE} the folder's parts are "
-                "read by their own configs",
-            )
-    return expected
+            what = f"was changed after the export, unlike {NOTE}: {', '.join(changed)}"
+            raise CheckpointError(str(folder / name), what)

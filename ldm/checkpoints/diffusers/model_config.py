@@ -22,10 +22,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CorruptCheckpoint(str(path), "does not exist; is the folder complete?")
-    if path.stat().st_size > _MAX_BYTES:
-        raise CorruptCheckpoint(
-            str(path), f"has {path.stat().st_size} bytes, which is absurd for a configuration"
-        )
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise CorruptCheckpoint(str(path), f"has {size} bytes, which is absurd for a configuration")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -43,9 +41,8 @@ def explained(where: str) -> Iterator[None]:
     except (CheckpointError, ConfigError):
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        raise CorruptCheckpoint(
-            where, f"has values that make no sense together: {type(error).__name__}: {error}"
-        ) from error
+        what = f"has values that make no sense together: {type(error).__name__}: {error}"
+        raise CorruptCheckpoint(where, what) from error
 
 
 class Reader:
@@ -93,8 +90,12 @@ class Reader:
         if isinstance(value, int):
             return [value] * count
         if not isinstance(value, list) or len(value) != count or not all(isinstance(v, int) for v in value):
-            self.refuse(f"{key}={value!r}, where a number or a list of {count} numbers belongs")
+            self.refuse_value(key, f"where a number or a list of {count} numbers belongs")
         return list(value)
+
+    def refuse_value(self, key: str, why: str = "") -> None:
+        """Raise it for the value of a key."""
+        self.refuse(f"{key}={self[key]!r} {why}".rstrip())
 
     def refuse(self, reason: str) -> None:
         """Raise an UnsupportedCheckpoint with this reason."""

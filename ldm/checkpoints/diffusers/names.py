@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.key_report import KeyReport
-from ldm.checkpoints.strict import KeyMismatch
+from ldm.checkpoints.strict import check_keys
 from ldm.models.unet import UNetModel
 from ldm.nn.attention import AttentionBlock, AttnBlock
 from ldm.nn.resblock import DownsampleND, ResBlock, TimestepResBlock, UpsampleND
@@ -61,6 +60,7 @@ _ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
+# Residual blocks: of the UNet, then of the first stages.
 _RES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -68,44 +68,46 @@ _RES = {
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
+    "nin_shortcut": "conv_shortcut",
+    **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
 }
-_RES_FIRST_STAGE = {**{n: n for n in ("norm1", "conv1", "norm2", "conv2")}, "nin_shortcut": "conv_shortcut"}
+_MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
+# The network for `y` by its kind; of any other, all is in one place.
+_LABELS = {
+    "timestep": {"label_emb.1.0": ".linear_1", "label_emb.1.2": ".linear_2"},
+    "sequential": {"label_emb.0.0": ".linear_1", "label_emb.0.2": ".linear_2"},
+}
 _ATTN = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _QKV = ("to_q", "to_k", "to_v")
 # Names of an attention layer's projections in folders written before diffusers 0.16.
 _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+def places_of(model: nn.Module, class_name: str = "class_embedding") -> Places:
+    """Our name -> place in diffusers, for every parameter of a UNet or a first stage."""
+    return unet_places(model, class_name) if isinstance(model, UNetModel) else first_stage_places(model)
+
+
 def first_stage_places(model: nn.Module) -> Places:
     """Our name -> place in `AutoencoderKL` or `VQModel`, for every parameter of a first stage."""
-    places: Places = {}
-    for name, _ in model.named_parameters():
-        if name.split(".")[0] in ("quant_conv", "post_quant_conv", "quantize"):
-            places[name] = Place((name,))
-    for half, samplers, levels in (
-        ("encoder", "down", list(model.encoder.down)),
-        ("decoder", "up", list(model.decoder.up)),
-    ):
+    kept = ("quant_conv", "post_quant_conv", "quantize")
+    places = {name: Place((name,)) for name, _ in model.named_parameters() if name.split(".")[0] in kept}
+    for half, way in (("encoder", "down"), ("decoder", "up")):
         network = getattr(model, half)
-        for leaf in ("conv_in", "conv_out"):
-            _same_leaves(places, getattr(network, leaf), f"{half}.{leaf}", f"{half}.{leaf}")
-        _same_leaves(places, network.norm_out, f"{half}.norm_out", f"{half}.conv_norm_out")
-        middle = f"{half}.mid_block"
-        _layer(places, network.mid.block_1, f"{half}.mid.block_1", f"{middle}.resnets.0")
-        _layer(places, network.mid.attn_1, f"{half}.mid.attn_1", f"{middle}.attentions.0")
-        _layer(places, network.mid.block_2, f"{half}.mid.block_2", f"{middle}.resnets.1")
+        for leaf, theirs in (("conv_in",) * 2, ("conv_out",) * 2, ("norm_out", "conv_norm_out")):
+            _same_leaves(places, getattr(network, leaf), f"{half}.{leaf}", f"{half}.{theirs}")
+        for layer, theirs in _MIDDLE.items():
+            _layer(places, getattr(network.mid, layer), f"{half}.mid.{layer}", f"{half}.mid_block.{theirs}")
+        levels = list(getattr(network, way))
         for i, level in enumerate(levels):
-            ours = f"{half}.{samplers}.{i}"
-            block = f"{half}.{samplers}_blocks.{i if half == 'encoder' else len(levels) - 1 - i}"
-            for j, layer in enumerate(level.block):
-                _layer(places, layer, f"{ours}.block.{j}", f"{block}.resnets.{j}")
-            for j, layer in enumerate(level.attn):
-                _layer(places, layer, f"{ours}.attn.{j}", f"{block}.attentions.{j}")
-            for sampler in ("downsample", "upsample"):
-                if hasattr(level, sampler):
-                    _same_leaves(
-                        places, getattr(level, sampler), f"{ours}.{sampler}", f"{block}.{sampler}rs.0"
-                    )
+            ours = f"{half}.{way}.{i}"
+            block = f"{half}.{way}_blocks.{i if way == 'down' else len(levels) - 1 - i}"
+            for kind, theirs in (("block", "resnets"), ("attn", "attentions")):
+                for j, layer in enumerate(getattr(level, kind)):
+                    _layer(places, layer, f"{ours}.{kind}.{j}", f"{block}.{theirs}.{j}")
+            sampler = f"{way}sample"
+            if hasattr(level, sampler):
+                _same_leaves(places, getattr(level, sampler), f"{ours}.{sampler}", f"{block}.{sampler}rs.0")
     return places
 
 
@@ -117,13 +119,14 @@ def unet_places(unet: UNetModel, class_name: str = "class_embedding") -> Places:
     places: Places = {}
     for ours, theirs in _ENDS.items():
         _same_leaves(places, unet.get_submodule(ours), ours, theirs)
-    _labels(places, unet, class_name)
+    if unet.num_classes is not None:
+        for ours, theirs in _LABELS.get(unet.num_classes, {"label_emb": ""}).items():
+            _same_leaves(places, unet.get_submodule(ours), ours, class_name + theirs)
     for index, (level, layer) in enumerate(_encoder_positions(unet), start=1):
         block = unet.input_blocks[index]
         _sequence(places, block, f"input_blocks.{index}", f"down_blocks.{level}", layer)
-    _layer(places, unet.middle_block[0], "middle_block.0", "mid_block.resnets.0")
-    _layer(places, unet.middle_block[1], "middle_block.1", "mid_block.attentions.0")
-    _layer(places, unet.middle_block[2], "middle_block.2", "mid_block.resnets.1")
+    for index, theirs in enumerate(_MIDDLE.values()):
+        _layer(places, unet.middle_block[index], f"middle_block.{index}", f"mid_block.{theirs}")
     for index, (level, layer) in enumerate(_decoder_positions(unet)):
         block = unet.output_blocks[index]
         _sequence(places, block, f"output_blocks.{index}", f"up_blocks.{level}", layer)
@@ -162,17 +165,13 @@ def _layer(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
     for name, _ in module.named_parameters():
         stem, _, leaf = name.rpartition(".")
         match module:
-            case TimestepResBlock():
+            case TimestepResBlock() | ResBlock():
                 place = Place((f"{theirs}.{_RES[stem]}.{leaf}",))
-            case ResBlock():
-                place = Place((f"{theirs}.{_RES_FIRST_STAGE[stem]}.{leaf}",))
-            case AttnBlock():
-                place = Place((f"{theirs}.{_ATTN[stem]}.{leaf}",), linear=stem != "norm")
             case AttentionBlock() if stem == "qkv":
                 legacy = module.attention.layout.startswith("(heads")
                 heads = module.attention.num_heads if legacy else 1
                 place = Place(tuple(f"{theirs}.{part}.{leaf}" for part in _QKV), True, heads)
-            case AttentionBlock():
+            case AttnBlock() | AttentionBlock():
                 place = Place((f"{theirs}.{_ATTN[stem]}.{leaf}",), linear=stem != "norm")
             case SpatialTransformer():
                 place = Place((f"{theirs}.{name}",))
@@ -181,20 +180,6 @@ def _layer(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
             case _:
                 raise ValueError(f"{ours} is a {type(module).__name__}, which has no name in diffusers")
         places[f"{ours}.{name}"] = place
-
-
-def _labels(places: Places, unet: UNetModel, class_name: str) -> None:
-    if unet.num_classes is None:
-        return
-    match unet.num_classes:
-        case "timestep":
-            stems = {"label_emb.1.0": ".linear_1", "label_emb.1.2": ".linear_2"}
-        case "sequential":
-            stems = {"label_emb.0.0": ".linear_1", "label_emb.0.2": ".linear_2"}
-        case _:
-            stems = {"label_emb": ""}
-    for ours, theirs in stems.items():
-        _same_leaves(places, unet.get_submodule(ours), ours, class_name + theirs)
 
 
 def _same_leaves(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
@@ -231,31 +216,21 @@ def from_diffusers(
     Raises:
         KeyMismatch: keys are missing, extra or of another shape, in the file's own names.
     """
-    tensors = {_current(name): tensor for name, tensor in tensors.items()}
-    expected: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, Tensor] = {}
     for name, place in places.items():
         rows, *rest = shapes[name]
         rest = [rest[0]] if place.linear and rest else rest
-        expected |= dict.fromkeys(place.theirs, (rows // len(place.theirs), *rest))
-    report = KeyReport(
-        missing={name: shape for name, shape in expected.items() if name not in tensors},
-        extra={name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in expected},
-        misshaped={
-            name: (tuple(tensors[name].shape), shape)
-            for name, shape in expected.items()
-            if name in tensors and not _fits(tuple(tensors[name].shape), shape)
-        },
-    )
-    if not report.empty:
-        raise KeyMismatch(where, class_name, report)
+        for theirs in place.theirs:
+            expected[theirs] = torch.empty(rows // len(place.theirs), *rest, device="meta")
+    found = {_current(name): tensor for name, tensor in tensors.items()}
+    for name, tensor in found.items():
+        # Some older folders have a 1x1 convolution where a linear layer is expected.
+        if name in expected and expected[name].ndim == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            found[name] = tensor.flatten(1)
+    check_keys(expected, found, where=where, name=class_name)
     return {
-        name: place.decode([tensors[n] for n in place.theirs], shapes[name]) for name, place in places.items()
+        name: place.decode([found[n] for n in place.theirs], shapes[name]) for name, place in places.items()
     }
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal, or a 1x1 convolution where a linear layer is expected, as some older folders have it."""
-    return shape == expected or (len(expected) == 2 and shape == (*expected, 1, 1))
 
 
 def _current(name: str) -> str:

@@ -1,25 +1,24 @@
 """One part of a diffusers folder: a config, and the weights that belong to it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.checkpoints.diffusers import unet_reading as diffusers_unet_reading
-from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
+from ldm.checkpoints.diffusers import unet_reading, vae
 from ldm.checkpoints.diffusers.model_config import explained
-from ldm.checkpoints.diffusers.names import Places, first_stage_places, from_diffusers, unet_places
-from ldm.models.unet import UNetModel
+from ldm.checkpoints.diffusers.names import from_diffusers, places_of
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
-from ldm.weights.reading import read_weights
+from ldm.weights.reading import INDEX, read_weights
 
-FIRST_STAGES, NETWORKS = diffusers_autoencoder.CLASSES, diffusers_unet_reading.CLASSES
+FIRST_STAGES, NETWORKS = vae.CLASSES, unet_reading.CLASSES
+CLASS_TABLE = "class_embedding.weight"
 _STEM = "diffusion_pytorch_model"
-_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+_ENDINGS = (".safetensors", f".safetensors{INDEX}", ".bin", f".bin{INDEX}")
 _PARTS = {
-    **dict.fromkeys(FIRST_STAGES, diffusers_autoencoder.first_stage_part),
-    **dict.fromkeys(NETWORKS, diffusers_unet_reading.unet_part),
+    **dict.fromkeys(FIRST_STAGES, vae.first_stage_part),
+    **dict.fromkeys(NETWORKS, unet_reading.unet_part),
 }
 
 
@@ -37,18 +36,22 @@ def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _PARTS[kind](config, where)
 
 
-def part_tensors(folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool) -> dict[str, Tensor]:
+def part_tensors(
+    folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool, replaced: Collection[str] = ()
+) -> dict[str, Tensor]:
     """The weights in a part's folder under the names of `model`.
+
+    Args:
+        replaced: parameters of `model` in whose place a table of classes stands; both are left out.
 
     Raises:
         KeyMismatch: keys are missing, extra or of another shape.
     """
     file = weights_file(folder, ema)
     where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
-    places: Places = unet_places(model, where) if isinstance(model, UNetModel) else first_stage_places(model)
-    return from_diffusers(
-        read_weights(file).tensors, places, shapes_of(model), str(file), config["_class_name"]
-    )
+    places = {name: place for name, place in places_of(model, where).items() if name not in replaced}
+    tensors = {n: t for n, t in read_weights(file).tensors.items() if not (replaced and n == CLASS_TABLE)}
+    return from_diffusers(tensors, places, shapes_of(model), str(file), str(config.get("_class_name")))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -62,17 +65,22 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weights_file(folder: Path, ema: bool) -> Path:
-    """The file of weights in a part's folder; of several variants the plain one.
+    """The file of weights in a part's folder; of several variants the plain one."""
+    return first_file(folder, *((_STEM,) if ema else (f"{_STEM}.non_ema", _STEM)))
+
+
+def first_file(folder: Path, *stems: str) -> Path:
+    """The first file of weights of one of these names, or the only variant (`fp16`) of the last one.
 
     Raises:
         CorruptCheckpoint: there is none, or only several variants.
     """
-    stems = (_STEM,) if ema else (f"{_STEM}.non_ema", _STEM)
     for name in (stem + ending for stem in stems for ending in _ENDINGS):
         if (folder / name).is_file():
             return folder / name
-    variants = sorted(file for file in folder.glob(f"{_STEM}.*") if file.suffix in (".safetensors", ".bin"))
+    stem = stems[-1]
+    variants = sorted(file for file in folder.glob(f"{stem}.*") if file.suffix in (".safetensors", ".bin"))
     if len(variants) == 1:
         return variants[0]
     found = ", ".join(file.name for file in variants) or "no file of weights"
-    raise CorruptCheckpoint(str(folder), f"has no {_STEM}.safetensors, but {found}")
+    raise CorruptCheckpoint(str(folder), f"has no {stem}.safetensors, but {found}")

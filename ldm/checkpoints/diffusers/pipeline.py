@@ -6,35 +6,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ldm.checkpoints import native
+from ldm.checkpoints.building import build_filled
+from ldm.checkpoints.description import Description, node
 from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
-from ldm.checkpoints.diffusers import text_encoder as diffusers_text
 from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
 from ldm.checkpoints.diffusers.export import CONFIG, INDEX
 from ldm.checkpoints.diffusers.model_config import explained, read_config
-from ldm.checkpoints.diffusers.part import FIRST_STAGES, NETWORKS, part_tensors, part_tree, prefixed
-from ldm.checkpoints.diffusers.text_encoder import ENCODER, TOKENIZER
-from ldm.checkpoints.strict import load_strict
-from ldm.checkpoints.unfilled import build_unfilled
-from ldm.weights.errors import UnsupportedCheckpoint
+from ldm.checkpoints.diffusers.part import (
+    FIRST_STAGES,
+    NETWORKS,
+    first_file,
+    part_tensors,
+    part_tree,
+    prefixed,
+)
+from ldm.checkpoints.originals.compvis import latent_sizes
+from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.weights.reading import read_weights
 
 log = logging.getLogger(__name__)
 
 _FIRST_STAGE_NAMES = ("vae", "vqvae", "movq", "vqgan")  # of parts, in the pipelines of diffusers
-
-
-def fresh_description(tree: dict, **more: Any) -> dict[str, Any]:
-    """A native description of a model of which nothing else is known."""
-    return {
-        "format": native.FORMAT,
-        "model": tree,
-        "classes": None,
-        "sampling": None,
-        "weights": None,
-        **more,
-    }
+_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
+_END_OF_TEXT = "<|endoftext|>"
+# Parameters of transformers' CLIPTextModel: theirs, ours.
+_TEXT_SIZES = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_length",
+    "hidden_size": "width",
+    "intermediate_size": "mlp_width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "hidden_act": "activation",
+}
 
 
 def load_pipeline(folder: Path, ema: bool) -> nn.Module:
@@ -42,17 +48,16 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
 
     What is not read, and what of the scheduler has no counterpart here, is logged.
     """
-    index = read_config(folder / INDEX)
     classes = {
         name: entry[1]
-        for name, entry in index.items()
+        for name, entry in read_config(folder / INDEX).items()
         if re.fullmatch(r"\w+", name) and isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
     }
     network = _only(folder, classes, NETWORKS, "network")
     first_stage = _only(folder, classes, FIRST_STAGES, "first stage", optional=True)
     scheduler = next((name for name in classes if name.endswith("scheduler")), "scheduler")
-    conditioner, why_not = diffusers_text.text_part(folder, classes)
-    read = {network, first_stage, scheduler} | ({ENCODER, TOKENIZER} if conditioner else set())
+    conditioner, why_not = text_part(folder, classes)
+    read = {network, first_stage, scheduler} | ({_ENCODER, _TOKENIZER} if conditioner else set())
     unread = [f"{name} ({kind})" for name, kind in classes.items() if name not in read]
     if unread and not conditioner:
         unread.append(f"since there is here: {why_not}; conditions are the caller's")
@@ -64,19 +69,19 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
     for what, names in (("not read", unread), ("no counterpart here for", lost)):
         if names:
             log.warning("%s: %s: %s", folder, what, ", ".join(names))
-    model = build_unfilled(tree, str(folder))
-    tensors = prefixed(
-        "model.diffusion_model", part_tensors(folder / network, model.network, configs[network], ema)
-    )
-    if first_stage:
-        part = part_tensors(folder / first_stage, model.first_stage_model, configs[first_stage], ema)
-        tensors |= prefixed("first_stage_model", part)
-    if conditioner:
-        tensors |= prefixed("conditioner", diffusers_text.text_tensors(folder))
-    tensors |= {name: getattr(model, name) for name in ("latent_shift", "latent_scale")}
-    load_strict(model, tensors, where=str(folder), assign=True)
-    described = fresh_description(tree, image_size=list(model.image_size), sampling=sampling)
-    return native.describe(model, described)
+
+    def tensors(model: nn.Module) -> dict[str, Tensor]:
+        found = {name: getattr(model, name) for name in ("latent_shift", "latent_scale")}
+        modules = {network: ("model.diffusion_model", model.network)}
+        modules |= {first_stage: ("first_stage_model", model.first_stage_model)} if first_stage else {}
+        for name, (prefix, module) in modules.items():
+            found |= prefixed(prefix, part_tensors(folder / name, module, configs[name], ema))
+        if conditioner:
+            found |= prefixed("conditioner.embedders.0.transformer", _text_tensors(folder))
+        return found
+
+    described = Description(tree, image_size=tree["params"]["image_size"], sampling=sampling)
+    return build_filled(described, tensors, str(folder))
 
 
 def _only(
@@ -89,9 +94,8 @@ def _only(
     if len(found) == 1 or (optional and not found and not other):
         return found[0] if found else None
     has = ", ".join(f"{name} ({kind})" for name, kind in classes.items()) or "nothing"
-    raise UnsupportedCheckpoint(
-        str(folder / INDEX), f"has {len(found) or 'no'} {what} of class {' or '.join(known)}; it has {has}"
-    )
+    what = f"has {len(found) or 'no'} {what} of class {' or '.join(known)}; it has {has}"
+    raise UnsupportedCheckpoint(str(folder / INDEX), what)
 
 
 def _model_tree(
@@ -99,36 +103,77 @@ def _model_tree(
 ) -> tuple[dict, dict, list[str]]:
     """(tree of the LatentDiffusion, defaults for sampling, what of the scheduler has no counterpart here)."""
     in_channels, out_channels = (parts[network]["params"][name] for name in ("in_channels", "out_channels"))
-    identity = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {"channels": in_channels}}
-    channels, factor, shift, scale = in_channels, 1, [0.0], [1.0]
+    stage = node("models.autoencoder.IdentityFirstStage", channels=in_channels)
+    shift, scale = [0.0], [1.0]
     if first_stage:
-        params = parts[first_stage]["params"]
-        dd = params.get("ddconfig") or params["encoder"]
-        channels, factor = params.get("embed_dim", dd["z_channels"]), 2 ** (len(dd["ch_mult"]) - 1)
+        stage = parts[first_stage]
         with explained(str(folder / first_stage / CONFIG)):
             shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
+    channels, factor = latent_sizes(stage)
     if in_channels != channels:
+        sizes = f"the network takes {in_channels} channels and the latents have {channels}"
         raise UnsupportedCheckpoint(
-            str(folder),
-            f"the network takes {in_channels} channels and the latents have {channels}: it wants masks or "
-            "images beside them, which have no part in the folder to make them",
+            str(folder), f"{sizes}: nothing in it makes the masks or images beside them"
         )
     where = folder / scheduler / "scheduler_config.json"
     schedule = read_config(where)
     with explained(str(where)):
-        denoiser = diffusers_scheduler.denoiser_part(
-            schedule, str(where), learned_variance=out_channels == 2 * channels
-        )
+        learned = out_channels == 2 * channels
+        denoiser = diffusers_scheduler.denoiser_part(schedule, str(where), learned_variance=learned)
         sampling, lost = diffusers_scheduler.sampling_defaults(schedule)
     size = configs[network].get("sample_size") or configs[network].get("image_size") or 32
     size = [size, size] if isinstance(size, int) else size
-    params = {
-        "first_stage": parts[first_stage] if first_stage else identity,
-        "network": parts[network],
-        "denoiser": denoiser,
-        "conditioner": None,
-        "image_size": [side * factor for side in size],
-        "latent_shift": shift if len(shift) > 1 else shift[0],
-        "latent_scale": scale if len(scale) > 1 else scale[0],
-    }
-    return {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}, sampling, lost
+    tree = node(
+        "latent_diffusion.LatentDiffusion",
+        first_stage=stage,
+        network=parts[network],
+        denoiser=denoiser,
+        image_size=[side * factor for side in size],
+        latent_shift=shift if len(shift) > 1 else shift[0],
+        latent_scale=scale if len(scale) > 1 else scale[0],
+    )
+    return tree, sampling, lost
+
+
+def text_part(folder: Path, classes: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """(target and params of the conditioner that does what the pipeline does with texts, or None; why not).
+
+    Args:
+        folder: of the pipeline.
+        classes: name of each part -> its class.
+    """
+    kinds = [kind for name, kind in classes.items() if name.startswith(_ENCODER)]
+    if kinds != ["CLIPTextModel"] or classes.get(_ENCODER) != "CLIPTextModel":
+        return None, f"text encoders {', '.join(kinds)}" if kinds else "no text encoder"
+    padding = _padding(folder / _TOKENIZER)
+    if padding != _END_OF_TEXT:  # CLIPTextEmbedder's empty text is padded with the end of text, as SD 1's is
+        return None, f"a tokenizer that pads with {padding!r}"
+    where = folder / _ENCODER / CONFIG
+    config = read_config(where)
+    missing = [name for name in _TEXT_SIZES if name not in config]
+    if missing:
+        raise CorruptCheckpoint(str(where), f"lacks {', '.join(missing)}")
+    if config["hidden_act"] not in ("gelu", "quick_gelu") or config.get("layer_norm_eps", 1e-5) != 1e-5:
+        return None, f"hidden_act={config['hidden_act']!r}, layer_norm_eps={config.get('layer_norm_eps')}"
+    sizes = {ours: config[theirs] for theirs, ours in _TEXT_SIZES.items()}
+    tokenizer = str((folder / _TOKENIZER).resolve())
+    embedder = node("conditioning.clip.CLIPTextEmbedder", **sizes, tokenizer=tokenizer)
+    return node("conditioning.Conditioner", embedders=[embedder]), ""
+
+
+def _text_tensors(folder: Path) -> dict[str, Tensor]:
+    """The text encoder's weights under today's names, constant buffers left out."""
+    tensors = read_weights(first_file(folder / _ENCODER, "model", "pytorch_model")).tensors
+    # Later releases of transformers write the names without their beginning.
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if not name.endswith("position_ids")}
+
+
+def _padding(folder: Path) -> str | None:
+    """The token with which a tokenizer's folder says that texts are padded."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            token = read_config(folder / name).get("pad_token")
+            if token is not None:
+                return token.get("content") if isinstance(token, dict) else token
+    return None

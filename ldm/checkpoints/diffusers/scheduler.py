@@ -10,16 +10,10 @@ from typing import Any
 
 import torch
 
-from ldm.checkpoints.architecture import NotExpressible
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible, node
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.schedule import (
-    MIN_ALPHAS_CUMPROD,
-    DiscreteSchedule,
-    EDMSchedule,
-    FlowSchedule,
-    make_betas,
-    zero_terminal,
-)
+from ldm.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, make_betas
 from ldm.weights.errors import UnsupportedCheckpoint
 
 _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -54,42 +48,6 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def named_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
-    """`schedule`, `linear_start`, `linear_end` that give this schedule, or else its `betas` themselves."""
-    for name in ("linear", "sqrt_linear", "sqrt", "cosine"):
-        ends = [_digits(end) for end in _ends(name, schedule)]
-        options = {} if name == "cosine" else dict(zip(("linear_start", "linear_end"), ends, strict=True))
-        found = (1 - make_betas(name, schedule.timesteps, *ends, _COSINE_S)).cumprod(0)
-        if schedule.zero_terminal_snr:
-            found = zero_terminal(found).clamp(min=MIN_ALPHAS_CUMPROD)
-        if torch.allclose(found, schedule.alphas_cumprod, rtol=1e-9, atol=0):
-            return {"schedule": name, **options}
-    return {"betas": schedule.betas.tolist()}
-
-
-def _digits(beta: float) -> float:
-    """0.012 of 0.011999999999999997."""
-    return float(f"{beta:.10g}")
-
-
-def _ends(name: str, schedule: DiscreteSchedule) -> tuple[float, float]:
-    """`linear_start` and `linear_end` of a schedule if it is the one of this name."""
-    power = 2 if name == "sqrt" else 1
-    start, end = schedule.betas[0].item() ** power, schedule.betas[-1].item() ** power
-    if not schedule.zero_terminal_snr:
-        return start, end
-    # Of the betas only the first is as it was; the last is sought by halves, from what is left in the middle.
-    low, high, middle = start, 1.0, schedule.timesteps // 2
-    for _ in range(60):
-        end = (low + high) / 2
-        betas = make_betas(name, schedule.timesteps, start, end, _COSINE_S)
-        if zero_terminal((1 - betas).cumprod(0))[middle] > schedule.alphas_cumprod[middle]:
-            low = end
-        else:
-            high = end
-    return start, end
-
-
 def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config of the scheduler that samples as this denoiser is sampled here, `_class_name` included.
 
@@ -107,51 +65,44 @@ def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = No
         return {"_class_name": _EDM, "sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max,
                 "sigma_data": denoiser.sigma_data, "prediction_type": "epsilon", "rho": 7.0}  # fmt: skip
     if not isinstance(schedule, DiscreteSchedule) or prediction not in _TO_PREDICTION:
-        raise NotExpressible(
-            "no scheduler of diffusers fits",
-            [f"prediction {prediction!r} on a {type(schedule).__name__}"
-             + (" with a learned variance" if denoiser.learned_variance else "")],
-        )  # fmt: skip
+        learned = " with a learned variance" if denoiser.learned_variance else ""
+        reasons = [f"prediction {prediction!r} on a {type(schedule).__name__}{learned}"]
+        raise NotExpressible("no scheduler of diffusers fits", reasons)
     return {**_discrete_class(denoiser, dict(sampling or {})), **_discrete_betas(schedule),
             "prediction_type": _TO_PREDICTION[prediction]}  # fmt: skip
 
 
 def _discrete_betas(schedule: DiscreteSchedule) -> dict[str, Any]:
-    named = named_betas(schedule)
+    made = arguments_of(schedule)
     config = {"num_train_timesteps": schedule.timesteps}
-    if schedule.zero_terminal_snr:
+    if made["zero_terminal_snr"]:
         config["rescale_betas_zero_snr"] = True
-    if named.get("schedule") not in _TO_BETAS:
-        return config | {"trained_betas": schedule.betas.tolist()}
-    config["beta_schedule"] = _TO_BETAS[named["schedule"]]
-    if "linear_start" in named:
-        config |= {"beta_start": named["linear_start"], "beta_end": named["linear_end"]}
-    return config
+    name, ends = made["schedule"], (made["linear_start"], made["linear_end"])
+    betas = made["betas"]
+    if betas is None and (name not in _TO_BETAS or (name == "cosine" and made["cosine_s"] != _COSINE_S)):
+        betas = make_betas(name, made["timesteps"], *ends, made["cosine_s"])
+    if betas is not None:
+        return config | {"trained_betas": torch.as_tensor(betas, dtype=torch.float64).tolist()}
+    config["beta_schedule"] = _TO_BETAS[name]
+    return config if name == "cosine" else config | dict(zip(("beta_start", "beta_end"), ends, strict=True))
 
 
 def _discrete_class(denoiser: Denoiser, sampling: dict[str, Any]) -> dict[str, Any]:
     """Class, and how it spaces its steps: as `spacing` asks, else as this schedule does by default."""
-    spacing = sampling.get("spacing") or "trailing"
-    offset = {"uniform": 1}.get(spacing, 0)
-    steps = {"timestep_spacing": "trailing" if spacing == "trailing" else "leading", "steps_offset": offset}
-    if denoiser.learned_variance:  # no other scheduler of diffusers reads it
-        return {
-            "_class_name": "DDPMScheduler",
-            "variance_type": "learned_range",
-            "clip_sample": False,
-            **steps,
-        }
-    if sampling.get("sampler") == "ddpm":
-        return {"_class_name": "DDPMScheduler", "variance_type": "fixed_small", "clip_sample": False, **steps}
-    ends_at_zero = {"set_alpha_to_one": spacing != "uniform"}
-    if (
-        sampling.get("sampler") == "plms"
-        and denoiser.prediction != "x0"
-        and not denoiser.schedule.zero_terminal_snr
-    ):
-        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **ends_at_zero, **steps}
+    spacing, sampler = sampling.get("spacing") or "trailing", sampling.get("sampler")
+    common = {
+        "timestep_spacing": "trailing" if spacing == "trailing" else "leading",
+        "steps_offset": 1 if spacing == "uniform" else 0,
+    }
+    if denoiser.learned_variance or sampler == "ddpm":
+        # No other scheduler of diffusers reads a learned variance.
+        variance = "learned_range" if denoiser.learned_variance else "fixed_small"
+        return {"_class_name": "DDPMScheduler", "variance_type": variance, "clip_sample": False, **common}
+    common["set_alpha_to_one"] = spacing != "uniform"
+    if sampler == "plms" and denoiser.prediction != "x0" and not denoiser.schedule.zero_terminal_snr:
+        return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **common}
     # DDIM at eta 0 is what `euler` is here; any other scheduler of diffusers can be made from this config.
-    return {"_class_name": "DDIMScheduler", "clip_sample": False, **ends_at_zero, **steps}
+    return {"_class_name": "DDIMScheduler", "clip_sample": False, **common}
 
 
 def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool) -> dict[str, Any]:
@@ -163,23 +114,22 @@ def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool)
     Raises:
         UnsupportedCheckpoint: another class of scheduler, or an option that changes the schedule.
     """
-    name = config.get("_class_name")
+    name, values = config.get("_class_name"), {**_DEFAULTS, **config}
+
+    def denoiser(prediction: str, schedule: dict, **more: Any) -> dict[str, Any]:
+        made = {"schedule": schedule, "prediction": prediction, "learned_variance": learned_variance}
+        return node("diffusion.denoiser.Denoiser", **made, **more)
+
     if name == _FLOW:
-        return _part(
-            {"target": "ldm.diffusion.schedule.FlowSchedule", "params": {}}, "flow", learned_variance
-        )
+        return denoiser("flow", node("diffusion.schedule.FlowSchedule"))
     if name == _EDM:
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise UnsupportedCheckpoint(where, f"prediction_type={config['prediction_type']!r} of {_EDM}")
+        if values["prediction_type"] != "epsilon":
+            raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} of {_EDM}")
         ends = {"sigma_min": config.get("sigma_min", 0.002), "sigma_max": config.get("sigma_max", 80.0)}
-        part = _part(
-            {"target": "ldm.diffusion.schedule.EDMSchedule", "params": ends}, "edm", learned_variance
-        )
-        part["params"]["sigma_data"] = config.get("sigma_data", 0.5)
-        return part
+        schedule = node("diffusion.schedule.EDMSchedule", **ends)
+        return denoiser("edm", schedule, sigma_data=config.get("sigma_data", 0.5))
     if name not in _SAMPLERS:
         raise UnsupportedCheckpoint(where, f"is a {name}; known are {', '.join(CLASSES)}")
-    values = {**_DEFAULTS, **config}
     if values["prediction_type"] not in _PREDICTIONS:
         raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} is not known")
     if values["trained_betas"] is not None:
@@ -195,13 +145,8 @@ def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool)
             "linear_end": values["beta_end"],
         }
     params["zero_terminal_snr"] = bool(values["rescale_betas_zero_snr"])
-    schedule = {"target": "ldm.diffusion.schedule.DiscreteSchedule", "params": params}
-    return _part(schedule, _PREDICTIONS[values["prediction_type"]], learned_variance)
-
-
-def _part(schedule: dict, prediction: str, learned_variance: bool) -> dict[str, Any]:
-    params = {"schedule": schedule, "prediction": prediction, "learned_variance": learned_variance}
-    return {"target": "ldm.diffusion.denoiser.Denoiser", "params": params}
+    schedule = node("diffusion.schedule.DiscreteSchedule", **params)
+    return denoiser(_PREDICTIONS[values["prediction_type"]], schedule)
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

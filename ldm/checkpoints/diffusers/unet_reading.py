@@ -7,28 +7,22 @@ reason.
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.diffusers.model_config import Reader
 from ldm.checkpoints.diffusers.unet_writing import FIXED
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
-TARGET = "ldm.models.unet.UNetModel"
 
 _FIXED_CONDITION = {
     **FIXED,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "num_attention_heads": None,
-    "dual_cross_attention": False,
-    "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1.0,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
-    "class_embeddings_concat": False,
+    **dict.fromkeys(("dual_cross_attention", "resnet_skip_time_act", "class_embeddings_concat"), False),
+    **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads"), None),
+    **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim"), None),
     "cross_attention_norm": None,
 }
 _FIXED_PLAIN = {**FIXED, "mid_block_type": "UNetMidBlock2D"}
@@ -83,12 +77,7 @@ _DOWN = {
     "AttnDownBlock2D": (True, "as asked"),
     "CrossAttnDownBlock2D": (True, "conv"),
 }
-_UP = {
-    "UpBlock2D": (False, "conv"),
-    "ResnetUpsampleBlock2D": (False, "resnet"),
-    "AttnUpBlock2D": (True, "as asked"),
-    "CrossAttnUpBlock2D": (True, "conv"),
-}
+_UP = {name.replace("Down", "Up"): kind for name, kind in _DOWN.items()}
 
 
 def unet_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -98,23 +87,20 @@ def unet_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         UnsupportedCheckpoint: something that `UNetModel` does not have.
     """
     condition = config["_class_name"] == "UNet2DConditionModel"
-    if condition:
-        reader = Reader(config, _DEFAULTS_CONDITION, _FIXED_CONDITION, _HARMLESS, where)
-    else:
-        reader = Reader(config, _DEFAULTS_PLAIN, _FIXED_PLAIN, _HARMLESS, where)
+    known = (_DEFAULTS_CONDITION, _FIXED_CONDITION) if condition else (_DEFAULTS_PLAIN, _FIXED_PLAIN)
+    reader = Reader(config, *known, _HARMLESS, where)
     widths = list(reader["block_out_channels"])
     if reader["time_embedding_dim"] not in (None, 4 * widths[0]):
-        reader.refuse(
-            f"time_embedding_dim={reader['time_embedding_dim']} is not 4 times the width of level 0"
-        )
+        reader.refuse_value("time_embedding_dim", "is not 4 times the width of level 0")
     attends, updown = _levels(reader, len(widths), condition)
+    multiples = [width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths]
+    if [int(multiple * widths[0]) for multiple in multiples] != widths:
+        reader.refuse_value("block_out_channels", "are no multiples of the first")
     params = {
         "in_channels": reader["in_channels"],
         "out_channels": reader["out_channels"],
         "model_channels": widths[0],
-        "channel_mult": [
-            width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths
-        ],
+        "channel_mult": multiples,
         "num_res_blocks": reader.integers("layers_per_block", len(widths)),
         "attention_resolutions": [2**level for level, attending in enumerate(attends) if attending],
         "dropout": reader["dropout"],
@@ -124,17 +110,13 @@ def unet_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "use_spatial_transformer": condition,
         **(_condition_params if condition else _plain_params)(reader, widths, attends),
     }
-    if [int(m * widths[0]) for m in params["channel_mult"]] != widths:
-        reader.refuse(f"block_out_channels={widths} are no multiples of the first")
-    return {"target": TARGET, "params": params}
+    return node("models.unet.UNetModel", **params)
 
 
 def _scale_shift(reader: Reader) -> bool:
     kinds = {"default": False, "scale_shift": True}
     if reader["resnet_time_scale_shift"] not in kinds:
-        reader.refuse(
-            f"resnet_time_scale_shift={reader['resnet_time_scale_shift']!r}; known are {', '.join(kinds)}"
-        )
+        reader.refuse_value("resnet_time_scale_shift", f"is not known; known are {', '.join(kinds)}")
     return kinds[reader["resnet_time_scale_shift"]]
 
 
@@ -163,14 +145,14 @@ def _plain_params(reader: Reader, widths: list[int], attends: list[bool]) -> dic
     channels = reader["attention_head_dim"]
     used = {width for width, attending in zip(widths, attends, strict=True) if attending} | {widths[-1]}
     if channels is not None and any(width % channels for width in used):
-        reader.refuse(f"attention_head_dim={channels} does not divide all of the widths {sorted(used)}")
+        reader.refuse_value("attention_head_dim", f"does not divide all of the widths {sorted(used)}")
     groups = reader["attn_norm_num_groups"]
     if reader["add_attention"] and (groups or reader["norm_num_groups"]) != reader["norm_num_groups"]:
-        reader.refuse(f"attn_norm_num_groups={groups} is not norm_num_groups={reader['norm_num_groups']}")
+        reader.refuse_value("attn_norm_num_groups", f"is not norm_num_groups={reader['norm_num_groups']}")
     if reader["add_attention"] and groups is None and _scale_shift(reader):
         reader.refuse("the middle's attention has no norm (scale_shift without attn_norm_num_groups)")
     if reader["class_embed_type"] not in (None, "timestep"):
-        reader.refuse(f"class_embed_type={reader['class_embed_type']!r}")
+        reader.refuse_value("class_embed_type")
     classes = "timestep" if reader["class_embed_type"] else reader["num_class_embeds"]
     heads = {"num_heads": 1} if channels is None else {"num_head_channels": channels}
     return {"disable_middle_transformer": not reader["add_attention"], "num_classes": classes, **heads}
@@ -180,8 +162,11 @@ def _condition_params(reader: Reader, widths: list[int], attends: list[bool]) ->
     levels = len(widths)
     context = set(reader.integers("cross_attention_dim", levels))
     if len(context) > 1:
-        reader.refuse(f"cross_attention_dim={reader['cross_attention_dim']} differs between levels")
-    depths = _depths(reader, levels)
+        reader.refuse_value("cross_attention_dim", "differs between levels")
+    depths = reader.integers("transformer_layers_per_block", levels)
+    mirrored = reader["reverse_transformer_layers_per_block"]
+    if mirrored is not None and list(mirrored) != depths[::-1]:
+        reader.refuse(f"transformers of depth {depths} in the encoder and {mirrored} in the decoder")
     only_cross = reader["only_cross_attention"]
     only_cross = [only_cross] * levels if isinstance(only_cross, bool) else list(only_cross)
     return {
@@ -195,26 +180,18 @@ def _condition_params(reader: Reader, widths: list[int], attends: list[bool]) ->
     }
 
 
-def _depths(reader: Reader, levels: int) -> list[int]:
-    given, mirrored = reader["transformer_layers_per_block"], reader["reverse_transformer_layers_per_block"]
-    depths = reader.integers("transformer_layers_per_block", levels)
-    if mirrored is not None and list(mirrored) != depths[::-1]:
-        reader.refuse(f"transformers of depth {given} in the encoder and {mirrored} in the decoder")
-    return depths
-
-
 def _level_heads(reader: Reader, widths: list[int], attends: list[bool]) -> dict[str, int]:
     """`num_heads` or `num_head_channels`; attention_head_dim is the number of heads, despite its name."""
     heads = reader.integers("attention_head_dim", len(widths))
     used = [(w, h) for w, h, attending in zip(widths, heads, attends, strict=True) if attending]
     used.append((widths[-1], heads[-1]))  # the middle
     if any(width % count for width, count in used):
-        reader.refuse(f"attention_head_dim={heads} (numbers of heads) do not divide the widths {widths}")
+        reader.refuse_value("attention_head_dim", f"(numbers of heads) do not divide the widths {widths}")
     if len({count for _, count in used}) == 1:
         return {"num_heads": used[0][1]}
     channels = {width // count for width, count in used}
     if len(channels) > 1:
-        reader.refuse(f"attention_head_dim={heads} gives neither one number of heads nor one size of them")
+        reader.refuse_value("attention_head_dim", "gives neither one number of heads nor one size of them")
     return {"num_head_channels": channels.pop()}
 
 
@@ -222,7 +199,7 @@ def _labels(reader: Reader) -> dict[str, Any]:
     kind, addition = reader["class_embed_type"], reader["addition_embed_type"]
     length = reader["projection_class_embeddings_input_dim"]
     if addition is not None and (addition != "text_time" or kind is not None or reader["num_class_embeds"]):
-        reader.refuse(f"addition_embed_type={addition!r} with class_embed_type={kind!r}")
+        reader.refuse_value("addition_embed_type", f"with class_embed_type={kind!r}")
     if addition == "text_time" or kind == "projection":
         return {"num_classes": "sequential", "adm_in_channels": length}
     if kind == "simple_projection" and length == 1:
@@ -230,5 +207,5 @@ def _labels(reader: Reader) -> dict[str, Any]:
     if kind == "timestep":
         return {"num_classes": "timestep"}
     if kind is not None:
-        reader.refuse(f"class_embed_type={kind!r}")
+        reader.refuse_value("class_embed_type")
     return {} if reader["num_class_embeds"] is None else {"num_classes": reader["num_class_embeds"]}

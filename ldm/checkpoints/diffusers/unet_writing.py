@@ -8,14 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints.architecture import (
-    NotExpressible,
-    attention_layers,
-    head_layout,
-    layer_width,
-    unet_arguments,
-)
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.models.unet import UNetModel
+from ldm.nn.transformer import SpatialTransformer
 
 #: The only values that the UNet here can have.
 FIXED = {
@@ -43,150 +39,135 @@ def unet_config(
         NotExpressible: with everything that the class does not have.
     """
     if type(unet) is not UNetModel:
-        raise NotExpressible(
-            f"diffusers has no class for this {type(unet).__name__}",
-            ["its UNets are UNetModels here; its DiTTransformer2DModel embeds the time at other frequencies"],
-        )
-    arguments = unet_arguments(unet)
-    transformers = arguments["use_spatial_transformer"]
+        reasons = ["its UNets are UNetModels here, and its DiT embeds the time at other frequencies"]
+        raise NotExpressible(f"diffusers has no class for this {type(unet).__name__}", reasons)
+    made, transformers = arguments_of(unet), has_transformers(unet)
     name = "UNet2DConditionModel" if transformers else "UNet2DModel"
-    attends, reasons = _common_reasons(unet, arguments)
+    attends = [2**level in unet.attention_resolutions for level in range(len(unet.widths))]
+    reasons = _common_reasons(unet, made, attends)
     specific = _condition_config if transformers else _plain_config
+    attending = "CrossAttnDownBlock2D" if transformers else "AttnDownBlock2D"
+    plain = "ResnetDownsampleBlock2D" if made["resblock_updown"] else "DownBlock2D"
+    blocks = [attending if attention else plain for attention in attends]
     config = {
         "_class_name": name,
         "sample_size": sample_size,
-        "in_channels": arguments["in_channels"],
-        "out_channels": arguments["out_channels"],
+        "in_channels": unet.in_channels,
+        "out_channels": unet.out_channels,
         "block_out_channels": list(unet.widths),
-        "dropout": arguments["dropout"],
-        "norm_num_groups": arguments["num_groups"],
-        "resnet_time_scale_shift": "scale_shift" if arguments["use_scale_shift_norm"] else "default",
+        "down_block_types": blocks,
+        "up_block_types": [block.replace("Down", "Up") for block in reversed(blocks)],
+        "dropout": made["dropout"],
+        "norm_num_groups": made["num_groups"],
+        "resnet_time_scale_shift": "scale_shift" if made["use_scale_shift_norm"] else "default",
         **FIXED,
-        **specific(unet, arguments, attends, reasons),
+        **specific(unet, made, attends, reasons),
         **_label_config(unet.num_classes if class_table is None else class_table, unet.adm_in_channels),
     }
     if not transformers and "projection_class_embeddings_input_dim" in config:
         reasons.append(
-            f'num_classes="{unet.num_classes}" needs a projection of y, which only UNet2DConditionModel has, '
-            "and that class has no AttentionBlock in the middle (with transformers and a context it fits)"
+            f'num_classes="{unet.num_classes}" needs a projection of y, which UNet2DConditionModel alone has '
+            "(with transformers and a context it fits)"
         )
     if reasons:
         raise NotExpressible(f"diffusers' {name} cannot hold this UNet", reasons)
     return config
 
 
-def _common_reasons(unet: UNetModel, arguments: dict) -> tuple[list[bool], list[str]]:
-    """For each level whether all its residual blocks have attention; and what neither class has."""
-    reasons = []
-    if arguments["dims"] != 2:
-        reasons.append(f"dims is {arguments['dims']}, not 2")
-    if arguments["attn_type"] != "attention":
-        reasons.append(f"attn_type is {arguments['attn_type']}; diffusers has multi-head attention only")
-    if arguments["n_embed"] is not None:
-        reasons.append("it predicts codebook entries (n_embed)")
-    if not arguments["conv_resample"]:
-        reasons.append("conv_resample is False; diffusers resamples with convolutions or residual blocks")
-    if unet.widths[0] != unet.model_channels:
-        reasons.append(
-            f"level 0 is {unet.widths[0]} wide and model_channels is {unet.model_channels}; diffusers takes "
-            "the time embedding's length from the width of level 0"
-        )
-    attends = [2**level in unet.attention_resolutions for level in range(len(unet.widths))]
-    if unet.num_attention_blocks is not None and any(attends):
-        reasons.append("num_attention_blocks leaves some of a level's blocks without attention")
-    return attends, reasons
+def _common_reasons(unet: UNetModel, made: dict, attends: list[bool]) -> list[str]:
+    """What neither class has."""
+    partly = unet.num_attention_blocks is not None and any(attends)
+    found = {
+        f"dims is {made['dims']}, not 2": made["dims"] != 2,
+        f"attn_type is {made['attn_type']}; diffusers has multi-head attention only": (
+            made["attn_type"] != "attention"
+        ),
+        "it predicts codebook entries (n_embed)": made["n_embed"] is not None,
+        "conv_resample is False; diffusers resamples with convolutions or residual blocks": (
+            not made["conv_resample"]
+        ),
+        f"level 0 is {unet.widths[0]} wide, which in diffusers is model_channels ({unet.model_channels})": (
+            unet.widths[0] != unet.model_channels
+        ),
+        "num_attention_blocks leaves some of a level's blocks without attention": partly,
+    }
+    return [reason for reason, applies in found.items() if applies]
 
 
-def _plain_config(
-    unet: UNetModel, arguments: dict, attends: list[bool], reasons: list[str]
-) -> dict[str, Any]:
+def _plain_config(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> dict[str, Any]:
     """What is particular to `UNet2DModel`; adds to `reasons`."""
-    updown = arguments["resblock_updown"]
-    counts = set(unet.num_res_blocks)
-    if len(counts) > 1:
-        reasons.append(
-            f"num_res_blocks differs between levels ({unet.num_res_blocks}); UNet2DModel has one number"
-        )
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if updown else ("DownBlock2D", "UpBlock2D")
+    if len(set(unet.num_res_blocks)) > 1:
+        reasons.append(f"num_res_blocks differs between levels ({unet.num_res_blocks}), of which it has one")
+    resampling = "resnet" if made["resblock_updown"] else "conv"
     return {
-        "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else plain[1] for a in reversed(attends)],
         "mid_block_type": "UNetMidBlock2D",
-        "add_attention": not arguments["disable_middle_transformer"],
+        "add_attention": not made["disable_middle_transformer"],
         "layers_per_block": unet.num_res_blocks[0],
-        "downsample_type": "resnet" if updown else "conv",
-        "upsample_type": "resnet" if updown else "conv",
-        "attention_head_dim": _channels_of_heads(unet, reasons),
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "attention_head_dim": _channels_of_heads(unet, made, attends, reasons),
         # Left out, it would be no norm at all with resnet_time_scale_shift="scale_shift".
-        "attn_norm_num_groups": arguments["num_groups"],
+        "attn_norm_num_groups": made["num_groups"],
     }
 
 
-def _channels_of_heads(unet: UNetModel, reasons: list[str]) -> int | None:
+def _heads(unet: UNetModel, made: dict, attends: list[bool]) -> set[tuple[int, int, int]]:
+    """(width, number of heads, channels of each) of every attention layer."""
+    widths = {width for width, attending in zip(unet.widths, attends, strict=True) if attending}
+    widths |= set() if made["disable_middle_transformer"] else {unet.widths[-1]}
+    asked = made["num_head_channels"]
+    if asked == -1:
+        counts = {made["num_heads"]} | ({made["num_heads_upsample"]} - {-1} if any(attends) else set())
+        return {(width, count, width // count) for width in widths for count in counts}
+    counts = {width: width // asked for width in widths}
+    return {(width, n, width // n if made["legacy"] else asked) for width, n in counts.items()}
+
+
+def _channels_of_heads(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> int | None:
     """UNet2DModel's `attention_head_dim`: channels of a head, the same everywhere; None is one head each."""
-    layouts = {head_layout(layer) for layer in attention_layers(unet)}
-    channels = {c for _, c in layouts}
+    layouts = _heads(unet, made, attends)
+    channels = {c for _, _, c in layouts}
     if len(channels) <= 1:
         return channels.pop() if channels else 8
-    if all(heads == 1 for heads, _ in layouts):
-        return None
-    reasons.append(
-        f"the channels of a head differ between levels ({', '.join(map(str, sorted(channels)))}); "
-        "UNet2DModel has one number for all: train with num_head_channels instead of num_heads"
-    )
+    if any(heads != 1 for _, heads, _ in layouts):
+        differ = ", ".join(map(str, sorted(channels)))
+        reasons.append(f"the channels of a head differ ({differ}), unlike with num_head_channels")
     return None
 
 
-def _condition_config(
-    unet: UNetModel, arguments: dict, attends: list[bool], reasons: list[str]
-) -> dict[str, Any]:
+def _condition_config(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> dict[str, Any]:
     """What is particular to `UNet2DConditionModel`; adds to `reasons`."""
-    levels = len(unet.widths)
-    updown = arguments["resblock_updown"]
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if updown else ("DownBlock2D", "UpBlock2D")
-    if updown and levels > 1 and any(attends):
-        reasons.append(
-            "resblock_updown at a level with cross-attention, whose blocks resample with convolutions only"
-        )
-    if arguments["disable_middle_transformer"]:
+    if made["resblock_updown"] and len(unet.widths) > 1 and any(attends):
+        reasons.append("resblock_updown with cross-attention, whose blocks resample with convolutions only")
+    if made["disable_middle_transformer"]:
         reasons.append("the middle has no transformer (disable_middle_transformer)")
-    if arguments["disable_middle_self_attn"]:
+    if made["disable_middle_self_attn"]:
         reasons.append("the middle's self-attention is disabled")
-    if not isinstance(unet.context_dim, int):
-        reasons.append(
-            "its transformers have no context, which diffusers' need" if unet.context_dim is None
-            else "context_dim differs between the blocks of a transformer"
-        )  # fmt: skip
-    depths = list(unet.depths)
-    middle = arguments["transformer_depth_middle"]
+    if unet.context_dim is None:
+        reasons.append("its transformers have no context, which diffusers' need")
+    elif not isinstance(unet.context_dim, int):
+        reasons.append("context_dim differs between the blocks of a transformer")
+    depths, middle = list(unet.depths), made["transformer_depth_middle"]
     if not attends[-1] and middle is not None:
-        depths[-1] = (
-            middle  # diffusers gives the middle the last level's depth; that level has no transformer itself
-        )
+        depths[-1] = middle  # diffusers gives it to the middle; the last level has no transformer itself
     elif middle not in (None, depths[-1]):
         reasons.append(f"the middle's transformer has depth {middle}, the last level's {depths[-1]}")
     return {
-        "down_block_types": ["CrossAttnDownBlock2D" if a else plain[0] for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else plain[1] for a in reversed(attends)],
         "mid_block_type": "UNetMidBlock2DCrossAttn",
         "layers_per_block": list(unet.num_res_blocks),
         "transformer_layers_per_block": depths,
         "cross_attention_dim": unet.context_dim,
-        "attention_head_dim": _heads_of_levels(unet, reasons),
-        "use_linear_projection": arguments["use_linear_in_transformer"],
+        "attention_head_dim": _heads_of_levels(unet, made, attends, reasons),
+        "use_linear_projection": made["use_linear_in_transformer"],
         "only_cross_attention": list(unet.disable_self_attentions),
         "mid_block_only_cross_attention": False,
     }
 
 
-def _heads_of_levels(unet: UNetModel, reasons: list[str]) -> list[int]:
+def _heads_of_levels(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> list[int]:
     """UNet2DConditionModel's `attention_head_dim`: despite its name the number of heads at each level."""
-    heads_at: dict[int, int] = {}
-    for layer in attention_layers(unet):
-        layout, width = head_layout(layer), layer_width(layer)
-        if layout is None:
-            layout = (1, width)
-        heads, channels = layout
+    heads_at = {}
+    for width, heads, channels in sorted(_heads(unet, made, attends)):
         if channels != width // heads:
             reasons.append(f"{heads} heads of {channels} channels at width {width} leave some out")
         heads_at[width] = heads
@@ -204,3 +185,8 @@ def _label_config(num_classes: int | str | None, length: int | None) -> dict[str
         case "continuous":
             return {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 1}
     return {"num_class_embeds": num_classes}
+
+
+def has_transformers(unet: UNetModel) -> bool:
+    """Whether it is a UNet2DConditionModel in diffusers."""
+    return any(isinstance(layer, SpatialTransformer) for layer in unet.modules())

@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints.architecture import NotExpressible, attending_levels, first_stage_arguments
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible, node
 from ldm.checkpoints.diffusers.model_config import Reader
 from ldm.models.autoencoder import AutoencoderKL, VQModel
 from ldm.models.autoencoding_engine import AutoencodingEngine
+from ldm.models.encoder_decoder import ddconfig_of
 
 CLASSES = ("AutoencoderKL", "VQModel")
 
@@ -38,8 +40,10 @@ _DEFAULTS_VQ = {**_DEFAULTS, "latent_channels": 3, "num_vq_embeddings": 256, "vq
 _FIXED_KL = {"act_fn": "silu"}
 _FIXED_VQ = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": False}
 _HARMLESS = frozenset({"force_upcast"})
-_ATTENDS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
-_ATTENDS_UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
+# Blocks by whether their level has attention. With a plain type a level would be built without its attention,
+# and only a warning say so.
+_DOWN = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
+_UP = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
 
 
 def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict[str, Any]:
@@ -50,58 +54,51 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
     """
     engine = isinstance(model, AutoencodingEngine) and model.regularizer == "kl"
     if not engine and type(model) not in (AutoencoderKL, VQModel):
-        raise NotExpressible(
-            f"diffusers has no class for this {type(model).__name__}",
-            ["only a KL first stage, and a VQ one with convolutions around its latent, have one"],
-        )
-    arguments = first_stage_arguments(model)
-    dd = arguments["encoder" if engine else "ddconfig"]
-    attends = attending_levels(model)
+        known = ["only a KL first stage, and a VQ one with convolutions around its latent, have one"]
+        raise NotExpressible(f"diffusers has no class for this {type(model).__name__}", known)
+    arguments = arguments_of(model)
+    try:
+        dd = ddconfig_of(model.encoder, model.decoder)
+    except ValueError as error:
+        raise NotExpressible(f"diffusers cannot hold this {type(model).__name__}", [str(error)]) from error
+    attends = [len(level.attn) > 0 for level in model.encoder.down]
     _check_expressible(arguments, dd, attends)
+    vq = isinstance(model, VQModel)
     config = {
-        "_class_name": "VQModel" if isinstance(model, VQModel) else "AutoencoderKL",
+        "_class_name": "VQModel" if vq else "AutoencoderKL",
         "in_channels": dd["in_channels"],
         "out_channels": dd["out_ch"],
-        # With the plain types a level would be built without its attention, and only a warning say so.
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        "down_block_types": [_DOWN[attention] for attention in attends],
+        "up_block_types": [_UP[attention] for attention in reversed(attends)],
         "block_out_channels": [dd["ch"] * mult for mult in dd["ch_mult"]],
         "layers_per_block": dd["num_res_blocks"],
-        "act_fn": "silu",
         "latent_channels": dd["z_channels"],
         "norm_num_groups": dd["num_groups"],
         "sample_size": sample_size or dd["resolution"],  # diffusers divides by it: null will not do
         "mid_block_add_attention": dd["attn_type"] == "vanilla",
+        **(_FIXED_VQ if vq else _FIXED_KL),
     }
-    if isinstance(model, VQModel):
-        return config | {"num_vq_embeddings": arguments["n_embed"], "vq_embed_dim": arguments["embed_dim"],
-                         "norm_type": "group", "lookup_from_codebook": False}  # fmt: skip
+    if vq:
+        return config | {"num_vq_embeddings": arguments["n_embed"], "vq_embed_dim": arguments["embed_dim"]}
     return config | {"use_quant_conv": not engine, "use_post_quant_conv": not engine}
 
 
 def _check_expressible(arguments: dict, dd: dict, attends: list[bool]) -> None:
-    reasons = []
-    if dd["attn_type"] not in ("vanilla", "none"):
-        reasons.append(
-            f"its attention is {dd['attn_type']}; diffusers' autoencoders have softmax attention only"
-        )
-    if dd["attn_type"] == "none" and any(attends):
-        reasons.append("attn_resolutions names levels, but attn_type is none")
-    if not dd["resamp_with_conv"]:
-        reasons.append("resamp_with_conv is False; diffusers resamples with convolutions")
-    if dd["tanh_out"] or dd["give_pre_end"]:
-        reasons.append("tanh_out and give_pre_end do not exist in diffusers")
-    if dd["ch_mult"][0] != 1:
-        reasons.append(
-            f"ch_mult begins with {dd['ch_mult'][0]}; in diffusers the first convolution has level 0's width"
-        )
-    if dd["double_z"] and arguments.get("embed_dim", dd["z_channels"]) != dd["z_channels"]:
-        reasons.append(
-            f"embed_dim {arguments['embed_dim']} is not z_channels {dd['z_channels']}; diffusers has one "
-            "number for both"
-        )
-    if "remap" in arguments:
-        reasons.append("the codebook's indices are remapped")
+    embed_dim = arguments.get("embed_dim", dd["z_channels"])
+    found = {
+        f"its attention is {dd['attn_type']}; diffusers' autoencoders have softmax attention only": (
+            dd["attn_type"] not in ("vanilla", "none")
+        ),
+        "attn_resolutions names levels, but attn_type is none": dd["attn_type"] == "none" and any(attends),
+        "resamp_with_conv is False; diffusers resamples with convolutions": not dd["resamp_with_conv"],
+        "tanh_out and give_pre_end do not exist in diffusers": dd["tanh_out"] or dd["give_pre_end"],
+        f"ch_mult begins with {dd['ch_mult'][0]}, in diffusers with 1": dd["ch_mult"][0] != 1,
+        f"embed_dim {embed_dim} is not z_channels {dd['z_channels']}, which is one number in diffusers": (
+            dd["double_z"] and embed_dim != dd["z_channels"]
+        ),
+        "the codebook's indices are remapped": arguments.get("remap") is not None,
+    }
+    reasons = [reason for reason, applies in found.items() if applies]
     if reasons:
         raise NotExpressible("diffusers' autoencoders cannot hold this first stage", reasons)
 
@@ -113,32 +110,30 @@ def first_stage_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         UnsupportedCheckpoint: something that the first stages here do not have.
     """
     kl = config["_class_name"] == "AutoencoderKL"
-    reader = Reader(
-        config, _DEFAULTS_KL if kl else _DEFAULTS_VQ, _FIXED_KL if kl else _FIXED_VQ, _HARMLESS, where
-    )
+    known = (_DEFAULTS_KL, _FIXED_KL) if kl else (_DEFAULTS_VQ, _FIXED_VQ)
+    reader = Reader(config, *known, _HARMLESS, where)
     ddconfig = _ddconfig(reader) | {"double_z": kl}
-    if kl:
-        if reader["use_quant_conv"] != reader["use_post_quant_conv"]:
-            reader.refuse("use_quant_conv and use_post_quant_conv differ")
-        if not reader["use_quant_conv"]:
-            params = {"encoder": ddconfig, "decoder": dict(ddconfig), "regularizer": "kl"}
-            return {"target": "ldm.models.autoencoding_engine.AutoencodingEngine", "params": params}
-        params = {"ddconfig": ddconfig, "embed_dim": reader["latent_channels"]}
-        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
-    embed_dim = reader["vq_embed_dim"] or reader["latent_channels"]
-    params = {"ddconfig": ddconfig, "n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
-    return {"target": "ldm.models.autoencoder.VQModel", "params": params}
+    if not kl:
+        embed_dim = reader["vq_embed_dim"] or reader["latent_channels"]
+        sizes = {"n_embed": reader["num_vq_embeddings"], "embed_dim": embed_dim}
+        return node("models.autoencoder.VQModel", ddconfig=ddconfig, **sizes)
+    if reader["use_quant_conv"] != reader["use_post_quant_conv"]:
+        reader.refuse("use_quant_conv and use_post_quant_conv differ")
+    if not reader["use_quant_conv"]:
+        parts = {"encoder": ddconfig, "decoder": dict(ddconfig)}
+        return node("models.autoencoding_engine.AutoencodingEngine", **parts, regularizer="kl")
+    channels = reader["latent_channels"]
+    return node("models.autoencoder.AutoencoderKL", ddconfig=ddconfig, embed_dim=channels)
 
 
 def _ddconfig(reader: Reader) -> dict[str, Any]:
     widths = reader["block_out_channels"]
     levels = len(widths)
-    attends = [_attends(reader, _ATTENDS, kind) for kind in reader["down_block_types"]]
-    attends_up = [_attends(reader, _ATTENDS_UP, kind) for kind in reader["up_block_types"]]
+    attends, attends_up = _attends(reader, "down_block_types", _DOWN), _attends(reader, "up_block_types", _UP)
     if len(attends) != levels or attends != attends_up[::-1]:
         reader.refuse("attention lies at other levels in the encoder than in the decoder")
     if any(width % widths[0] for width in widths):
-        reader.refuse(f"block_out_channels={widths} are no multiples of the first")
+        reader.refuse_value("block_out_channels", "are no multiples of the first")
     if any(attends) and not reader["mid_block_add_attention"]:
         reader.refuse("there is attention at the levels, but none in the middle")
     # Only the levels count, not the pixels: any size whose halves stay whole will do.
@@ -159,10 +154,12 @@ def _ddconfig(reader: Reader) -> dict[str, Any]:
     }
 
 
-def _attends(reader: Reader, kinds: Mapping[str, bool], kind: str) -> bool:
-    if kind not in kinds:
-        reader.refuse(f"the block type {kind}; known are {', '.join(kinds)}")
-    return kinds[kind]
+def _attends(reader: Reader, key: str, names: Mapping[bool, str]) -> list[bool]:
+    """For each level whether its block type has attention."""
+    kinds = {name: attention for attention, name in names.items()}
+    if not all(kind in kinds for kind in reader[key]):
+        reader.refuse_value(key, f"known are {', '.join(kinds)}")
+    return [kinds[kind] for kind in reader[key]]
 
 
 def latent_scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -171,11 +168,9 @@ def latent_scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     `latents_mean` and `latents_std` are used as diffusers' SDXL pipelines use them:
     latent = z * latents_std / scaling_factor + latents_mean.
     """
-    defaults = _DEFAULTS_KL if config["_class_name"] == "AutoencoderKL" else _DEFAULTS_VQ
-    values = {**defaults, **config}
-    scale = values["scaling_factor"]
-    shift = values.get("shift_factor") or 0.0
-    mean, std = values.get("latents_mean"), values.get("latents_std")
+    scale = config.get("scaling_factor", _DEFAULTS["scaling_factor"])
+    shift = config.get("shift_factor") or 0.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         return [float(shift)], [float(scale)]
     return [float(m) for m in mean], [float(scale) / float(s) for s in std]

@@ -10,53 +10,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.compvis_conditions import EMBEDDERS
 from ldm.checkpoints.originals.original_yaml import Part
-from ldm.checkpoints.originals.translation import Shell, Translated, factor_of, lookup, same_names, take_given
+from ldm.checkpoints.originals.translation import (
+    Shell,
+    Translated,
+    arguments_for,
+    lookup,
+    take_given,
+    translated,
+)
 from ldm.models.unet import UNetModel
 
-FIRST_STAGE_TRAINING = {
-    "lossconfig": "the loss and its discriminator",
-    "ckpt_path": "the weights come from the checkpoint that is loaded",
-    "ignore_keys": "concerns ckpt_path",
-    "image_key": "the batch key of training",
-    "colorize_nlabels": "a random projection that displays segmentations",
-    "monitor": "which checkpoint training keeps",
-    "batch_resize_range": "augmentation of training",
-    "scheduler_config": "the learning rate's schedule",
-    "lr_g_factor": "a learning rate",
-    "use_ema": "whether there are averaged weights is seen in the checkpoint",
-    "learn_logvar": "concerns the loss",
-    "ema_decay": "concerns training",
-}
-DIFFUSION_TRAINING = {
-    "loss_type": "the loss",
-    "ckpt_path": "the weights come from the checkpoint that is loaded",
-    "ignore_keys": "concerns ckpt_path",
-    "load_only_unet": "concerns ckpt_path",
-    "monitor": "which checkpoint training keeps",
-    "use_ema": "whether there are averaged weights is seen in the checkpoint",
-    "first_stage_key": "the batch key of training",
-    "log_every_t": "logging",
-    "original_elbo_weight": "the loss",
-    "l_simple_weight": "the loss",
-    "scheduler_config": "the learning rate's schedule",
-    "use_positional_encodings": "never read by the original",
-    "learn_logvar": "the loss",
-    "logvar_init": "the loss",
-    "num_timesteps_cond": "noise on conditions in training",
-    "cond_stage_trainable": "what training changes",
-    "make_it_fit": "concerns ckpt_path",
-    "ucg_training": "dropping of conditions in training",
-    "reset_ema": "training",
-    "reset_num_ema_updates": "training",
-}
-INPAINTING_TRAINING = {
-    "finetune_keys": "how training began from another model",
-    "keep_finetune_dims": "how training began from another model",
-    "c_concat_log_start": "logging",
-    "c_concat_log_end": "logging",
-}
+# Parameters of training, its loss and its display; those of the first stages are sgm's, too. Whether a file
+# has averaged weights (`use_ema`) is seen in it; the original never reads `use_positional_encodings`.
+FIRST_STAGE_TRAINING = (
+    *("lossconfig", "learn_logvar", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor"),
+    *("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "ema_decay", "loss_config"),
+    *("ckpt_engine", "input_key", "optimizer_config", "trainable_ae_params", "ae_optimizer_args"),
+    *(
+        "trainable_disc_params",
+        "disc_optimizer_args",
+        "disc_start_iter",
+        "diff_boost_factor",
+        "max_batch_size",
+    ),
+)
+DIFFUSION_TRAINING = (
+    *("loss_type", "original_elbo_weight", "l_simple_weight", "learn_logvar", "logvar_init", "monitor"),
+    *("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "use_ema", "reset_ema"),
+    *("reset_num_ema_updates", "first_stage_key", "log_every_t", "scheduler_config"),
+    *("use_positional_encodings", "num_timesteps_cond", "cond_stage_trainable", "ucg_training"),
+)
+_INPAINTING_TRAINING = ("finetune_keys", "keep_finetune_dims", "c_concat_log_start", "c_concat_log_end")
 
 # What the original's samplers do where the caller says nothing more than the number of steps.
 SAMPLER_DEFAULTS = {"ddim": {"spacing": "uniform"}, "plms": {"spacing": "uniform"}}
@@ -66,28 +53,27 @@ SAMPLER_DEFAULTS = {"ddim": {"spacing": "uniform"}, "plms": {"spacing": "uniform
 
 
 def autoencoder_kl(part: Part, channels: int | None = None) -> Translated:
-    params = {"ddconfig": part.take("ddconfig"), "embed_dim": part.take("embed_dim")}
-    part.ignore(FIRST_STAGE_TRAINING)
-    part.finish()
-    return Translated({"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}, averaged="")
+    params = {name: part.take(name) for name in ("ddconfig", "embed_dim")}
+    part.finish(*FIRST_STAGE_TRAINING)
+    return Translated(node("models.autoencoder.AutoencoderKL", **params), averaged="")
 
 
 def vq_model(part: Part, channels: int | None = None) -> Translated:
     params = {name: part.take(name) for name in ("ddconfig", "n_embed", "embed_dim")}
-    optional = ("remap", "sane_index_shape", "legacy", "beta", "unknown_index")
-    params |= take_given(part, {name: name for name in optional})
-    part.ignore(FIRST_STAGE_TRAINING)
-    part.finish()
-    return Translated({"target": "ldm.models.autoencoder.VQModel", "params": params}, averaged="")
+    params |= take_given(part, "remap", "sane_index_shape", "legacy", "beta", "unknown_index")
+    part.finish(*FIRST_STAGE_TRAINING)
+    return Translated(node("models.autoencoder.VQModel", **params), averaged="")
 
 
 def identity_first_stage(part: Part, channels: int | None = None) -> Translated:
     channels = part.take("channels", 3 if channels is None else channels)
-    part.ignore({"vq_interface": "the shape of its result", **FIRST_STAGE_TRAINING})
-    part.finish()
-    return Translated(
-        {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {"channels": channels}}
-    )
+    part.finish("vq_interface", *FIRST_STAGE_TRAINING)
+    return Translated(pixels(channels))
+
+
+def pixels(channels: int) -> dict:
+    """No first stage."""
+    return node("models.autoencoder.IdentityFirstStage", channels=channels)
 
 
 FIRST_STAGES: dict[str, Callable[[Part, int | None], Translated]] = {
@@ -99,30 +85,28 @@ FIRST_STAGES: dict[str, Callable[[Part, int | None], Translated]] = {
 }
 
 
-def latent_sizes(node: Mapping) -> tuple[int, int]:
+def latent_sizes(first_stage: Mapping) -> tuple[int, int]:
     """(channels, downsampling factor) of a translated first stage."""
-    params = node["params"]
+    params = first_stage["params"]
     if "ddconfig" in params:
-        return params["embed_dim"], factor_of(params["ddconfig"])
-    if "encoder" in params:
-        return params["encoder"]["z_channels"], factor_of(params["encoder"])
-    return params["channels"], 1
+        channels, dd = params["embed_dim"], params["ddconfig"]
+    elif "encoder" in params:
+        channels, dd = params["encoder"]["z_channels"], params["encoder"]
+    else:
+        return params["channels"], 1
+    return channels, 2 ** (len(dd["ch_mult"]) - 1)
 
 
 # Networks: part -> Translated
 
-UNET_IGNORED = {
-    "image_size": "any size is taken",
-    "use_fp16": "the type is chosen when the model is loaded",
-    "use_bf16": "the type is chosen when the model is loaded",
-}
+# Any size is taken, and the type is chosen when the model is loaded.
+_UNET_IGNORED = ("image_size", "use_fp16", "use_bf16")
 
 
-def unet(part: Part, **defaults: Any) -> Translated:
-    params = defaults | take_given(part, same_names(UNetModel, tuple(UNET_IGNORED)))
-    part.ignore(UNET_IGNORED)
-    part.finish()
-    return Translated({"target": "ldm.models.unet.UNetModel", "params": params})
+def unet(part: Part, *ignored: str, **defaults: Any) -> Translated:
+    params = defaults | take_given(part, *arguments_for(UNetModel, _UNET_IGNORED))
+    part.finish(*_UNET_IGNORED, *ignored)
+    return Translated(node("models.unet.UNetModel", **params))
 
 
 NETWORKS: dict[str, Callable[[Part], Translated]] = {
@@ -139,26 +123,25 @@ CONDITIONING_KEYS = {"concat": "concat", "crossattn": "crossattn", "hybrid": "cr
 
 def latent_diffusion(part: Part, inpainting: bool = False) -> Translated:
     """LatentDiffusion, and with `inpainting` LatentInpaintDiffusion of Stable Diffusion."""
-    network_part = part.part("unet_config")
-    network = lookup(network_part, NETWORKS, "network")(network_part)
+    network = translated(part, "unet_config", NETWORKS, "network").node
     channels = part.take("channels", 3)
-    first_part = part.part("first_stage_config")
-    first = lookup(first_part, FIRST_STAGES, "first stage")(first_part, channels)
+    first = translated(part, "first_stage_config", FIRST_STAGES, "first stage", channels)
     latent_channels, factor = latent_sizes(first.node)
     size = part.take("image_size", 256)
     scale, by_std = part.take("scale_factor", 1.0), bool(part.take("scale_by_std", False))
-    embedders, cond_is_first = _conditions(part, network.node["params"], latent_channels, inpainting)
-    params = {
-        "first_stage": first.node,
-        "network": network.node,
-        "denoiser": denoiser(part),
-        "conditioner": {"target": "ldm.conditioning.Conditioner", "params": {"embedders": embedders}},
-        "image_size": [side * factor for side in size] if isinstance(size, list) else size * factor,
-        "latent_scale": scale,
-        "sampler_defaults": SAMPLER_DEFAULTS,
-    }
-    part.ignore(DIFFUSION_TRAINING | {"clip_denoised": "LatentDiffusion turns it off"})
-    part.finish()
+    embedders, cond_is_first = _conditions(part, network["params"], latent_channels, inpainting)
+    whole = node(
+        "latent_diffusion.LatentDiffusion",
+        first_stage=first.node,
+        network=network,
+        denoiser=denoiser(part),
+        conditioner=node("conditioning.Conditioner", embedders=embedders),
+        image_size=[side * factor for side in size] if isinstance(size, list) else size * factor,
+        latent_scale=scale,
+        sampler_defaults=SAMPLER_DEFAULTS,
+    )
+    # LatentDiffusion turns clip_denoised off.
+    part.finish("clip_denoised", *DIFFUSION_TRAINING, *(_INPAINTING_TRAINING if inpainting else ()))
 
     def view(model: nn.Module) -> nn.Module:
         shell = Shell(model=model.model, first_stage_model=first.view(model.first_stage_model))
@@ -170,8 +153,7 @@ def latent_diffusion(part: Part, inpainting: bool = False) -> Translated:
             shell.register_buffer("scale_factor", torch.ones(()))
         return shell
 
-    node = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}
-    return Translated(node, view, averaged="model.", latent_scale=scale, scale_in_file=by_std)
+    return Translated(whole, view, averaged="model.", latent_scale=scale, scale_in_file=by_std)
 
 
 def _conditions(
@@ -194,28 +176,25 @@ def _conditions(
     on_top = network.get("in_channels", 0) - latent_channels
     if config == "__is_first_stage__":
         # The mask lies beside the masked image; only the number of channels tells that there is one.
-        return [
-            _encoded_image(key, scaled=False),
-            *([_mask()] if on_top == latent_channels + 1 else []),
-        ], True
+        masked = on_top == latent_channels + 1
+        return [_encoded_image(key, scaled=False), *([_mask()] if masked else [])], True
     cond_part = Part(config, name, part.reading)
     embedders = [lookup(cond_part, EMBEDDERS, "model of a condition")(cond_part, key, kind)]
     if inpainting:
         image = part.take("masked_image_key", "masked_image")
         keys = part.take("concat_keys", ["mask", image])
-        part.ignore(INPAINTING_TRAINING)
         embedders += [_encoded_image(key, scaled=True) if key == image else _mask(key) for key in keys]
     elif conditioning == "hybrid":
-        embedders.append({"target": "ldm.conditioning.maps.ImageMap", "params": {"key": "concat"}})
+        embedders.append(node("conditioning.maps.ImageMap", key="concat"))
     return embedders, False
 
 
 def _encoded_image(key: str, scaled: bool) -> dict:
-    return {"target": "ldm.conditioning.maps.EncodedImage", "params": {"key": key, "scaled": scaled}}
+    return node("conditioning.maps.EncodedImage", key=key, scaled=scaled)
 
 
 def _mask(key: str = "mask") -> dict:
-    return {"target": "ldm.conditioning.maps.Mask", "params": {"key": key}}
+    return node("conditioning.maps.Mask", key=key)
 
 
 def latent_inpaint_diffusion(part: Part) -> Translated:
@@ -224,27 +203,21 @@ def latent_inpaint_diffusion(part: Part) -> Translated:
 
 def ddpm(part: Part) -> Translated:
     """DDPM: the same in pixel space, without a condition."""
-    network_part = part.part("unet_config")
-    network = lookup(network_part, NETWORKS, "network")(network_part)
-    channels = part.take("channels", 3)
+    network = translated(part, "unet_config", NETWORKS, "network").node
     part.only(
         "conditioning_key", (None,), "DDPM has no condition; use LatentDiffusion with IdentityFirstStage"
     )
-    params = {
-        "first_stage": {
-            "target": "ldm.models.autoencoder.IdentityFirstStage",
-            "params": {"channels": channels},
-        },
-        "network": network.node,
-        "denoiser": denoiser(part),
-        "image_size": part.take("image_size", 256),
-        "clip_x0": part.take("clip_denoised", True),
-        "sampler_defaults": SAMPLER_DEFAULTS,
-    }
-    part.ignore(DIFFUSION_TRAINING)
-    part.finish()
-    node = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}
-    return Translated(node, lambda model: Shell(model=model.model), averaged="model.")
+    whole = node(
+        "latent_diffusion.LatentDiffusion",
+        first_stage=pixels(part.take("channels", 3)),
+        network=network,
+        denoiser=denoiser(part),
+        image_size=part.take("image_size", 256),
+        clip_x0=part.take("clip_denoised", True),
+        sampler_defaults=SAMPLER_DEFAULTS,
+    )
+    part.finish(*DIFFUSION_TRAINING)
+    return Translated(whole, lambda model: Shell(model=model.model), averaged="model.")
 
 
 def denoiser(part: Part) -> dict:
@@ -253,16 +226,15 @@ def denoiser(part: Part) -> dict:
     if prediction not in ("eps", "x0", "v"):
         part.problem("parameterization", f"{prediction!r} is none of eps, x0, v")
     part.only("v_posterior", (0.0, 0), "only the posterior's own variance (0) is supported")
-    names = ("linear_start", "linear_end", "cosine_s", "timesteps")
-    schedule = take_given(part, {"beta_schedule": "schedule"} | {name: name for name in names})
+    schedule = take_given(
+        part, "linear_start", "linear_end", "cosine_s", "timesteps", beta_schedule="schedule"
+    )
     schedule |= {"betas": betas} if (betas := part.take("given_betas", None)) is not None else {}
-    return {
-        "target": "ldm.diffusion.denoiser.Denoiser",
-        "params": {
-            "prediction": prediction,
-            "schedule": {"target": "ldm.diffusion.schedule.DiscreteSchedule", "params": schedule},
-        },
-    }
+    return node(
+        "diffusion.denoiser.Denoiser",
+        prediction=prediction,
+        schedule=node("diffusion.schedule.DiscreteSchedule", **schedule),
+    )
 
 
 MODELS: dict[str, Callable[[Part], Translated]] = {

@@ -7,104 +7,106 @@ of an embedder whose parameter names are the original's.
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.original_yaml import Part
-from ldm.checkpoints.originals.text_versions import (
-    CLIP_VERSIONS,
-    OPEN_CLIP_VERSIONS,
-    clip_sizes,
-    open_clip_sizes,
-)
 from ldm.checkpoints.originals.translation import take_given
 from ldm.conditioning import ClassEmbedder, Embedder
 from ldm.conditioning.bert import BERTEmbedder
 from ldm.conditioning.clip import CLIPTextEmbedder
 from ldm.conditioning.vectors import ClassFeatures
 
-EMBEDDER_IGNORED = {"device": "chosen when the model is loaded", "freeze": "what training changes"}
+# Chosen when the model is loaded, or by training.
+EMBEDDER_IGNORED = ("device", "freeze")
+# Parameters of BERTEmbedder: theirs, ours.
+_BERT = {
+    "n_embed": "dim",
+    "n_layer": "depth",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_length",
+    "use_tokenizer": "texts",
+    "embedding_dropout": "dropout",
+}
+
+# name on the hub: (width, layers, heads). All are OpenAI's: 49408 tokens, 77 of them a text, QuickGELU.
+CLIP_VERSIONS = {
+    "openai/clip-vit-large-patch14": (768, 12, 12),
+    "openai/clip-vit-large-patch14-336": (768, 12, 12),
+    "openai/clip-vit-base-patch32": (512, 12, 8),
+    "openai/clip-vit-base-patch16": (512, 12, 8),
+}
+# architecture: (width, layers, heads, length of the projected vector), as in open_clip's model configs.
+OPEN_CLIP_VERSIONS = {
+    "ViT-H-14": (1024, 24, 16, 1024),
+    "ViT-bigG-14": (1280, 32, 20, 1280),
+    "ViT-g-14": (1024, 24, 16, 1024),
+    "ViT-L-14": (768, 12, 12, 768),
+    "ViT-B-32": (512, 12, 8, 512),
+    "ViT-B-16": (512, 12, 8, 512),
+}
 
 
 def class_embedder(part: Part, key: str, kind: str) -> dict:
     own = part.take("key", "class")
-    params = {
-        "num_classes": part.take("n_classes", 1000),
-        "dim": part.take("embed_dim"),
-        "kind": kind,
-        "key": "label",
-        "also": list(dict.fromkeys(name for name in (own, key) if name != "label")),
-    }
+    params = {"num_classes": part.take("n_classes", 1000), "dim": part.take("embed_dim"), "kind": kind}
     part.finish()
-    return {"target": "ldm.conditioning.vectors.ClassFeatures", "params": params}
+    also = list(dict.fromkeys(name for name in (own, key) if name != "label"))
+    return node("conditioning.vectors.ClassFeatures", **params, key="label", also=also)
 
 
 def bert_embedder(part: Part, key: str, kind: str) -> dict:
-    renames = {"n_embed": "dim", "n_layer": "depth", "vocab_size": "vocab_size", "max_seq_len": "max_length"}
-    renames |= {"use_tokenizer": "texts", "embedding_dropout": "dropout"}
-    params = {"key": key} | take_given(part, renames)
-    part.ignore(EMBEDDER_IGNORED)
-    part.finish()
-    return {"target": "ldm.conditioning.bert.BERTEmbedder", "params": params}
+    params = take_given(part, **_BERT)
+    part.finish(*EMBEDDER_IGNORED)
+    return node("conditioning.bert.BERTEmbedder", key=key, **params)
 
 
 def transformer_embedder(part: Part, key: str, kind: str) -> dict:
-    node = bert_embedder(part, key, kind)
-    node["params"]["texts"] = False
-    return node
+    embedder = bert_embedder(part, key, kind)
+    embedder["params"]["texts"] = False
+    return embedder
 
 
 def spatial_rescaler(part: Part, key: str, kind: str) -> dict:
     names = ("method", "multiplier", "in_channels", "out_channels", "bias")
-    params = {"key": key} | take_given(part, {"n_stages": "stages"} | {name: name for name in names})
+    params = take_given(part, *names, n_stages="stages")
     part.finish()
-    return {"target": "ldm.conditioning.maps.SpatialRescaler", "params": params}
+    return node("conditioning.maps.SpatialRescaler", key=key, **params)
 
 
 def clip_embedder(part: Part, key: str, kind: str) -> dict:
     """FrozenCLIPEmbedder, of all three projects."""
     version = part.take("version", "openai/clip-vit-large-patch14")
-    params = {"key": key, **clip_sizes(version)} if version in CLIP_VERSIONS else {"key": key}
-    if version not in CLIP_VERSIONS:
-        part.problem("version", f"{version!r} is not known; known are {', '.join(CLIP_VERSIONS)}")
-    params |= take_given(
-        part,
-        {
-            "max_length": "max_length",
-            "layer": "layer",
-            "layer_idx": "layer_index",
-            "always_return_pooled": "pooled",
-        },
-    )
+    sizes = _sizes(part, "version", version, CLIP_VERSIONS)
+    params = take_given(part, "max_length", "layer", layer_idx="layer_index", always_return_pooled="pooled")
     if params.get("layer", "last") != "hidden":  # the originals take a layer_idx and do not read it
         params.pop("layer_index", None)
-    part.ignore(EMBEDDER_IGNORED)
-    part.finish()
-    return {"target": "ldm.conditioning.clip.CLIPTextEmbedder", "params": params}
+    part.finish(*EMBEDDER_IGNORED)
+    return node("conditioning.clip.CLIPTextEmbedder", key=key, **sizes, tokenizer=version, **params)
 
 
 def open_clip_embedder(part: Part, key: str, kind: str) -> dict:
     """FrozenOpenCLIPEmbedder: token features behind the last norm."""
-    params = {"key": key, **_open_clip(part), "layer": part.take("layer", "last"), "normed": True}
-    part.ignore(EMBEDDER_IGNORED)
-    part.finish()
-    return {"target": "ldm.conditioning.open_clip.OpenCLIPTextEmbedder", "params": params}
-
-
-def _open_clip(part: Part) -> dict[str, Any]:
     arch, version = part.take("arch", "ViT-H-14"), part.take("version", "laion2b_s32b_b79k")
-    length = take_given(part, {"max_length": "max_length"})
-    if arch not in OPEN_CLIP_VERSIONS:
-        part.problem("arch", f"{arch!r} is not known; known are {', '.join(OPEN_CLIP_VERSIONS)}")
-        return length
-    return open_clip_sizes(arch, version) | length
+    sizes = _sizes(part, "arch", arch, OPEN_CLIP_VERSIONS)
+    sizes["activation"] = "quick_gelu" if version == "openai" else "gelu"  # OpenAI's own weights
+    params = take_given(part, "max_length") | {"layer": part.take("layer", "last"), "normed": True}
+    part.finish(*EMBEDDER_IGNORED)
+    return node("conditioning.open_clip.OpenCLIPTextEmbedder", key=key, **sizes, **params)
+
+
+def _sizes(part: Part, name: str, version: str, known: dict[str, tuple]) -> dict[str, Any]:
+    """Sizes of a published transformer, by the name that YAMLs use."""
+    if version not in known:
+        part.problem(name, f"{version!r} is not known; known are {', '.join(known)}")
+    return dict(zip(("width", "layers", "heads", "embed_dim"), known.get(version, ()), strict=False))
 
 
 def ready_features(part: Part, key: str, kind: str) -> dict:
     """torch.nn.Identity: the batch holds the condition as the network takes it."""
     part.finish()
     if kind == "concat":
-        return {"target": "ldm.conditioning.maps.ImageMap", "params": {"key": key}}
-    return {"target": "ldm.conditioning.vectors.Features", "params": {"key": key, "kind": kind}}
+        return node("conditioning.maps.ImageMap", key=key)
+    return node("conditioning.vectors.Features", key=key, kind=kind)
 
 
 _ENCODERS = "ldm.modules.encoders.modules."
@@ -141,39 +143,24 @@ def _of_classes(embedder: ClassEmbedder | ClassFeatures) -> tuple[str, dict] | N
 
 
 def _of_bert(embedder: BERTEmbedder) -> tuple[str, dict] | None:
-    transformer = embedder.transformer
-    layers = transformer.attn_layers.layers
-    attention = layers[0][1]
-    if (attention.heads, attention.to_q.out_features) != (8, 512):  # fixed there
+    made = arguments_of(embedder)
+    if (made["heads"], made["dim_head"]) != (8, 64):  # fixed there
         return None
-    vocabulary, dim = transformer.token_emb.weight.shape
-    return "BERTEmbedder", {
-        "n_embed": dim,
-        "n_layer": len(layers) // 2,
-        "vocab_size": vocabulary,
-        "max_seq_len": embedder.max_length,
-        "use_tokenizer": embedder.texts,
-        "embedding_dropout": transformer.emb_dropout.p,
-    }
+    return "BERTEmbedder", {theirs: made[ours] for theirs, ours in _BERT.items()}
 
 
 def _of_clip(embedder: CLIPTextEmbedder) -> tuple[str, dict] | None:
     """By its sizes; which tokenizer it has tells versions of the same size apart."""
-    sizes = {name: tuple(tensor.shape) for name, tensor in embedder.state_dict().items()}
-    for version in dict.fromkeys((embedder.source, *CLIP_VERSIONS)):
-        if version not in CLIP_VERSIONS or embedder.layer != "last" or embedder.pooled:
-            continue
-        with torch.device("meta"):
-            same = CLIPTextEmbedder(**clip_sizes(version))
-        layer, other = (e.transformer.text_model.encoder.layers[0] for e in (embedder, same))
-        alike = type(layer.mlp.activation) is type(other.mlp.activation)
-        if (
-            alike
-            and layer.self_attn.heads == other.self_attn.heads
-            and sizes == {name: tuple(tensor.shape) for name, tensor in same.state_dict().items()}
-        ):
-            return "FrozenCLIPEmbedder", {"version": version}
-    return None
+    made = arguments_of(embedder)
+    sizes = tuple(made[name] for name in ("width", "layers", "heads"))
+    published = {"vocab_size": 49408, "max_length": 77, "activation": "quick_gelu", "layer": "last"}
+    if any(made[name] != value for name, value in published.items()) or made["pooled"]:
+        return None
+    if made["mlp_width"] not in (None, 4 * made["width"]):
+        return None
+    versions = dict.fromkeys((made["tokenizer"], *CLIP_VERSIONS))
+    version = next((name for name in versions if CLIP_VERSIONS.get(name) == sizes), None)
+    return None if version is None else ("FrozenCLIPEmbedder", {"version": version})
 
 
 _ORIGINALS: dict[type, Callable] = {

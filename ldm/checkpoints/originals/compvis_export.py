@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ldm import config as configuration
-from ldm.checkpoints import native
+from ldm.checkpoints.building import build_filled
+from ldm.checkpoints.description import Description
 from ldm.checkpoints.originals.compvis_yaml import original_config
-from ldm.checkpoints.strict import IgnoreRule, load_strict
-from ldm.checkpoints.unfilled import build_unfilled
+from ldm.checkpoints.strict import TABLES
 from ldm.files import whole_file
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL
@@ -31,31 +31,31 @@ _LATENT = ("latent_shift", "latent_scale")
 _CONDITION = ("conditioner.embedders.0.", "cond_stage_model.")
 
 
-def save_compvis(model: nn.Module, path: str | Path, description: Mapping | None = None) -> Path:
+def save_compvis(model: nn.Module, path: str | Path) -> Path:
     """Write FILE.ckpt and FILE.yaml; returns the YAML's path.
 
     Args:
         model: a first stage or a `LatentDiffusion`. A shift of the latents, or a scale for each channel, goes
             into the 1x1 convolutions around an AutoencoderKL's latent; the original has one scale_factor.
-        description: of the model in the native format; `model.description` where not given.
 
     Raises:
         NotExpressible: something that the original does not have, all of it named; nothing is written.
     """
     path = Path(path)
-    description = dict(getattr(model, "description", None) or {} if description is None else description)
+    description: Description | None = getattr(model, "description", None)
     replaced = _folded_latents(model)
-    config = original_config(model, description, folded=bool(replaced))
+    config = original_config(model, folded=bool(replaced))
     tensors = _original_names(model.state_dict())
-    record: dict[str, Any] = {"format": RECORD_FORMAT, "description": json.dumps(description)}
+    record: dict[str, Any] = {"format": RECORD_FORMAT}
     if isinstance(model, LatentDiffusion):
         record |= {name: tensors.pop(name) for name in _LATENT}
         tensors |= model.denoiser.schedule.buffers_like_original()
     record["replaced"] = {name: tensors[name] for name in replaced}
     tensors |= replaced
-    content = {"state_dict": tensors, "global_step": description.get("step") or 0}
-    if description.get("format") == native.FORMAT:
-        content[RECORD] = record
+    content = {"state_dict": tensors, "global_step": 0}
+    if description is not None:
+        content["global_step"] = description.step or 0
+        content[RECORD] = {**record, "description": json.dumps(description.plain())}
     yaml = path.with_suffix(".yaml")
     text = configuration.to_yaml(config)
     with whole_file(path, durable=True) as file:
@@ -86,15 +86,12 @@ def load_exported(path: str | Path, ema: bool = True) -> nn.Module:
         found = record.get("format") if isinstance(record, dict) else None
         raise CheckpointError(where, f"has format {found!r}; this version reads {RECORD_FORMAT!r}")
     try:
-        description = json.loads(record["description"])
-        tree = dict(description["model"])
+        found = json.loads(record["description"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(where, f"its record {RECORD!r} is damaged: {error!r}") from error
-    if not ema and description.get("weights") == "ema":
-        raise CheckpointError(where, "holds averaged (EMA) weights only")
-    model = build_unfilled(tree, where)
-    load_strict(model, _our_tensors(model, weights, record), ignore=_tables(model), where=where, assign=True)
-    return native.describe(model, description)
+    description = Description.read(found, where)
+    description.check_weights(ema, where)
+    return build_filled(description, lambda model: _our_tensors(model, weights, record), where, ignore=TABLES)
 
 
 def _our_tensors(model: nn.Module, weights: Weights, record: Mapping) -> dict[str, Tensor]:
@@ -105,14 +102,6 @@ def _our_tensors(model: nn.Module, weights: Weights, record: Mapping) -> dict[st
         found |= {name: record[name] for name in _LATENT if name in record}
         found = {ours + n.removeprefix(theirs) if n.startswith(theirs) else n: t for n, t in found.items()}
     return found
-
-
-def _tables(model: nn.Module) -> tuple[IgnoreRule, ...]:
-    """The schedule's tables, of which our models have none."""
-    if not isinstance(model, LatentDiffusion):
-        return ()
-    names = "|".join(model.denoiser.schedule.buffers_like_original())
-    return (IgnoreRule(names, "the noise schedule's tables, computed anew from the config"),)
 
 
 def _original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,23 +121,20 @@ def _folded_latents(model: nn.Module) -> dict[str, Tensor]:
     shift, scale = (getattr(model, name).flatten().double() for name in _LATENT)
     if not shift.any() and (scale == scale[0]).all():
         return {}
-    first_stage = model.first_stage_model
-    weight, bias = (p.double().clone() for p in (first_stage.quant_conv.weight, first_stage.quant_conv.bias))
+    before, after = model.first_stage_model.quant_conv, model.first_stage_model.post_quant_conv
+    weight, bias = before.weight.double().clone(), before.bias.double().clone()
     channels = len(shift)
     weight[:channels] *= scale.reshape(-1, 1, 1, 1)
     bias[:channels] = (bias[:channels] - shift) * scale
     bias[channels:] += 2 * scale.log()
-    out, out_bias = (
-        p.double() for p in (first_stage.post_quant_conv.weight, first_stage.post_quant_conv.bias)
-    )
+    out = after.weight.double()
     folded = {
         "quant_conv.weight": weight,
         "quant_conv.bias": bias,
         "post_quant_conv.weight": out / scale.reshape(1, -1, 1, 1),
-        "post_quant_conv.bias": out_bias + out.flatten(1) @ shift,
+        "post_quant_conv.bias": after.bias.double() + out.flatten(1) @ shift,
     }
-    dtype = first_stage.quant_conv.weight.dtype
-    return {f"first_stage_model.{name}": tensor.to(dtype) for name, tensor in folded.items()}
+    return {f"first_stage_model.{name}": tensor.to(before.weight.dtype) for name, tensor in folded.items()}
 
 
 def _without_slack(value: Any) -> Any:

@@ -3,57 +3,39 @@
 Targets and parameters are facts of those repositories. What they cannot express is refused with all reasons.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from ldm.checkpoints.architecture import NotExpressible, first_stage_arguments, unet_arguments
-from ldm.checkpoints.diffusers.scheduler import named_betas
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.originals.compvis_conditions import original_condition
 from ldm.conditioning import ClassLabel
+from ldm.config import signatures
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
+from ldm.models.encoder_decoder import ddconfig_of
 from ldm.models.unet import UNetModel
 
 _GROUPS = 32  # of every GroupNorm of the original
 _ATTENTIONS = ("vanilla", "linear", "none")
 _NO_LOSS = {"target": "torch.nn.Identity"}
-# Written only where they are not the original's defaults; the last ones came with Stable Diffusion 2.
-_UNET_DEFAULTS: dict[str, Any] = {
-    "dropout": 0,
-    "conv_resample": True,
-    "dims": 2,
-    "num_classes": None,
-    "use_checkpoint": False,
-    "num_heads": -1,
-    "num_head_channels": -1,
-    "num_heads_upsample": -1,
-    "use_scale_shift_norm": False,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-    "use_spatial_transformer": False,
-    "transformer_depth": 1,
-    "context_dim": None,
-    "n_embed": None,
-    "legacy": True,
-    "disable_self_attentions": None,
-    "num_attention_blocks": None,
-    "disable_middle_self_attn": False,
-    "use_linear_in_transformer": False,
-    "adm_in_channels": None,
+# Of the UNet's arguments those that the original has not; of the others it has our defaults, but for one.
+_UNET_OURS = (
+    *("transformer_depth_middle", "disable_middle_transformer", "attn_type", "attn_options", "num_groups"),
+    *("spatial_transformer_attn_type", "image_size", "use_fp16"),
+)
+_UNET_DEFAULTS = {name: p.default for name, p in signatures.parameters(UNetModel).items()} | {
+    "use_spatial_transformer": False
 }
 
 
-def original_config(
-    model: nn.Module, description: Mapping | None = None, folded: bool = False
-) -> dict[str, Any]:
+def original_config(model: nn.Module, folded: bool = False) -> dict[str, Any]:
     """The YAML's `model:` tree for a first stage or a `LatentDiffusion`.
 
     Args:
-        description: of the model, in the native format; says the resolution of a first stage.
         folded: the latents' shift and scale are in the first stage's weights.
 
     Raises:
@@ -61,25 +43,22 @@ def original_config(
     """
     reasons: list[str] = []
     if isinstance(model, LatentDiffusion):
-        tree = _latent_diffusion(model, description or {}, folded, reasons)
+        tree = _latent_diffusion(model, folded, reasons)
     else:
-        tree = _first_stage(model, description or {}, "VQModel", reasons)
+        tree = _first_stage(model, "VQModel", reasons)
     if reasons:
         raise NotExpressible("the original LDM cannot express this model", reasons)
     return {"model": {"base_learning_rate": 1.0e-6, **tree}}
 
 
-def _latent_diffusion(
-    model: LatentDiffusion, description: Mapping, folded: bool, reasons: list[str]
-) -> dict[str, Any]:
+def _latent_diffusion(model: LatentDiffusion, folded: bool, reasons: list[str]) -> dict[str, Any]:
     channels, height, width = model.latent_shape
     if height != width:
         reasons.append(f"its images are {model.image_size[0]}x{model.image_size[1]}, not square")
     scales = set(model.latent_scale.flatten().tolist())
     if not folded and (len(scales) > 1 or model.latent_shift.any()):
         reasons.append(
-            "its latents have a shift, or a scale for each channel; the original has one scale_factor "
-            "(only an AutoencoderKL's weights can take them up)"
+            "its latents have a shift or a scale for each channel, which only an AutoencoderKL can take up"
         )
     params = {
         **_schedule(model.denoiser, reasons),
@@ -93,7 +72,7 @@ def _latent_diffusion(
         "scale_factor": 1.0 if folded else min(scales),
         "use_ema": False,
         "unet_config": _unet(model.network, height, reasons),
-        "first_stage_config": _first_stage(model.first_stage_model, description, "VQModelInterface", reasons),
+        "first_stage_config": _first_stage(model.first_stage_model, "VQModelInterface", reasons),
     }
     return {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}
 
@@ -103,79 +82,73 @@ def _schedule(denoiser: Denoiser, reasons: list[str]) -> dict[str, Any]:
     if denoiser.learned_variance:
         reasons.append("its network predicts variances (learned_variance)")
     if not isinstance(schedule, DiscreteSchedule) or denoiser.prediction not in ("eps", "x0", "v"):
-        reasons.append(
-            f"it predicts {denoiser.prediction!r} on a {type(schedule).__name__}; the original knows eps, x0 "
-            "and v over discrete timesteps"
-        )
+        what = f"{denoiser.prediction!r} on a {type(schedule).__name__}"
+        reasons.append(f"it predicts {what}; the original knows eps, x0 and v over discrete timesteps")
         return {}
     if schedule.zero_terminal_snr:
         reasons.append("its schedule ends without signal (zero_terminal_snr)")
-    named = named_betas(schedule)
+    made = arguments_of(schedule)
     params = {"parameterization": denoiser.prediction, "timesteps": schedule.timesteps}
-    if "betas" in named:
-        return params | {"given_betas": named["betas"]}
-    params["beta_schedule"] = named.pop("schedule")
-    return params | named
+    if made["betas"] is not None:
+        return params | {"given_betas": schedule.betas.tolist()}
+    used = ("cosine_s",) if made["schedule"] == "cosine" else ("linear_start", "linear_end")
+    return params | {"beta_schedule": made["schedule"]} | {name: made[name] for name in used}
 
 
 def _unet(unet: nn.Module, image_size: int, reasons: list[str]) -> dict[str, Any]:
     if type(unet) is not UNetModel:
         reasons.append(f"its network is a {type(unet).__name__}, not a UNetModel")
         return {}
-    found = unet_arguments(unet)
-    if found.pop("num_groups") != _GROUPS:
+    found = arguments_of(unet)
+    if found["num_groups"] != _GROUPS:
         reasons.append(f"num_groups of the network is not {_GROUPS}")
-    if found.pop("attn_type") != "attention" or found.pop("attn_options"):
+    if found["attn_type"] != "attention":
         reasons.append("attn_type of the network is not attention")
-    if found.pop("disable_middle_transformer"):
+    if found["disable_middle_transformer"]:
         reasons.append("disable_middle_transformer")
     for name in ("num_res_blocks", "transformer_depth"):
-        if len(set(found[name])) == 1:
+        if not isinstance(found[name], int) and len(set(found[name])) == 1:
             found[name] = found[name][0]
-    middle = found.pop("transformer_depth_middle")
-    if not isinstance(found["transformer_depth"], int) or middle not in (None, found["transformer_depth"]):
+    if found["use_spatial_transformer"] is None:
+        found["use_spatial_transformer"] = found["context_dim"] is not None
+    depth, middle = found["transformer_depth"], found["transformer_depth_middle"]
+    if not isinstance(depth, int) or middle not in (None, depth):
         reasons.append("its transformers differ in depth between levels")
     if found["use_spatial_transformer"] and found["context_dim"] is None:
         reasons.append("its transformers have no context")
     if found["num_classes"] == "timestep":
         reasons.append('num_classes is "timestep"')
-    given = {name: value for name, value in found.items() if _UNET_DEFAULTS.get(name, ...) != value}
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if name not in _UNET_OURS and value != _UNET_DEFAULTS[name]
+    }
     return {
         "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "params": {"image_size": image_size, **given},
     }
 
 
-def _first_stage(model: nn.Module, description: Mapping, vq_class: str, reasons: list[str]) -> dict[str, Any]:
+def _first_stage(model: nn.Module, vq_class: str, reasons: list[str]) -> dict[str, Any]:
     target = "ldm.models.autoencoder."
     if isinstance(model, IdentityFirstStage):
         return {"target": target + "IdentityFirstStage", "params": {}}
     if type(model) not in (AutoencoderKL, VQModel):
         reasons.append(f"a {type(model).__name__} is no first stage of the original")
         return {}
-    found = first_stage_arguments(model, _resolution(description))
-    ddconfig = found["ddconfig"]
+    found, ddconfig = arguments_of(model), ddconfig_of(model.encoder, model.decoder)
     if ddconfig.pop("num_groups") != _GROUPS:
         reasons.append(f"num_groups of the first stage is not {_GROUPS}")
     ddconfig.pop("attn_options")
     if ddconfig["attn_type"] not in _ATTENTIONS:
         reasons.append(f"attn_type of the first stage is {ddconfig['attn_type']}")
-    if "remap" in found:
+    if found.get("remap") is not None:
         reasons.append("the codebook's indices are remapped by a list; the original reads it from a file")
     params = {"embed_dim": found["embed_dim"], "ddconfig": ddconfig, "lossconfig": dict(_NO_LOSS)}
     if isinstance(model, AutoencoderKL):
         return {"target": target + "AutoencoderKL", "params": params}
     params = {"n_embed": found["n_embed"], "sane_index_shape": found["sane_index_shape"], **params}
     return {"target": target + vq_class, "params": params}
-
-
-def _resolution(description: Mapping) -> int | None:
-    """The resolution by which the first stage's config counted its levels, where it is known."""
-    params = (description.get("model") or {}).get("params") or {}
-    params = (params.get("first_stage") or {}).get("params") or params
-    size = description.get("image_size")
-    side = max(size) if isinstance(size, list | tuple) else size
-    return (params.get("ddconfig") or {}).get("resolution") or side
 
 
 def _condition(model: LatentDiffusion, reasons: list[str]) -> dict[str, Any]:
@@ -191,7 +164,7 @@ def _condition(model: LatentDiffusion, reasons: list[str]) -> dict[str, Any]:
         return dict(zip(names, ("crossattn", *found), strict=True))
     listed = ", ".join(f"{type(e).__name__}({e.kind})" for e in embedders)
     reasons.append(
-        f"its conditions are {listed}; written are class labels and, for cross-attention alone, class tokens "
-        "and the texts of BERTEmbedder (with 8 heads of 64) and of CLIP in its published sizes"
+        f"its conditions are {listed}; written are class labels, class tokens, and the texts of BERTEmbedder "
+        "(8 heads of 64) and CLIP (published sizes) for cross-attention alone"
     )
     return {}

@@ -13,13 +13,14 @@ Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), Dhariwal & Nichol 202
 from collections.abc import Callable
 from typing import Any
 
+from ldm.checkpoints.description import node
 from ldm.checkpoints.originals import compvis
 from ldm.checkpoints.originals.original_yaml import Part, Reading
-from ldm.checkpoints.originals.translation import Translated, lookup, same_names, take_given
+from ldm.checkpoints.originals.translation import Translated, arguments_for, lookup, take_given
 from ldm.models.encoder_unet import EncoderUNetModel
 
 NUM_CLASSES = 1000  # of ImageNet: `class_cond` has no other
-TRAINING = {"use_kl": "the loss", "rescale_learned_sigmas": "the loss"}
+TRAINING = ("use_kl", "rescale_learned_sigmas")  # the loss
 # Names of the schedules of betas: theirs, ours.
 BETAS = {"linear": "sqrt_linear", "cosine": "cosine"}
 # Levels by image size where `channel_mult` is not given: of the UNet, of its smaller 32-pixel version, ...
@@ -41,21 +42,14 @@ def unet(part: Part) -> Translated:
 
 
 def super_res(part: Part) -> Translated:
-    node = compvis.unet(part, num_heads=1).node
-    return Translated({"target": "ldm.models.encoder_unet.SuperResModel", "params": node["params"]})
+    return Translated(node("models.encoder_unet.SuperResModel", **unet(part).node["params"]))
 
 
 def classifier(part: Part) -> Translated:
-    params = take_given(part, same_names(EncoderUNetModel, ("use_fp16",)))
+    params = take_given(part, *arguments_for(EncoderUNetModel, ("use_fp16",)))
     part.only("dims", (2,), "only images are supported")
-    part.ignore(
-        {
-            "use_fp16": "the type is chosen when the model is loaded",
-            "num_heads_upsample": "there is no upsampling",
-        }
-    )
-    part.finish()
-    return Translated({"target": "ldm.models.encoder_unet.EncoderUNetModel", "params": params})
+    part.finish("use_fp16", "num_heads_upsample")  # there is no upsampling
+    return Translated(node("models.encoder_unet.EncoderUNetModel", **params))
 
 
 # The published flags
@@ -63,14 +57,9 @@ def classifier(part: Part) -> Translated:
 
 def _flags(part: Part, size_name: str) -> tuple[int, dict[str, Any]]:
     """(image size, arguments of the UNet) from the flags that all of the functions share."""
-    size = part.take(size_name, 64)
     levels = MULTIPLIERS if size_name == "image_size" else SUPER_RES_MULTIPLIERS
     given = part.take("channel_mult", "") if size_name == "image_size" else ""
-    if given == "" and size not in levels:
-        part.problem(
-            size_name, f"{size} has no channel_mult of its own (there are: {', '.join(map(str, levels))})"
-        )
-        part.reading.check()
+    size, multipliers = _size(part, size_name, levels, _numbers(given) if given != "" else None)
     params = {
         "in_channels": 3,
         "model_channels": part.take("num_channels", 128),
@@ -79,16 +68,23 @@ def _flags(part: Part, size_name: str) -> tuple[int, dict[str, Any]]:
         "attention_resolutions": [
             size // side for side in _numbers(part.take("attention_resolutions", "16,8"))
         ],
-        "channel_mult": list(levels[size]) if given == "" else _numbers(given),
+        "channel_mult": multipliers,
         "num_heads": part.take("num_heads", 4),
         "use_scale_shift_norm": part.take("use_scale_shift_norm", True),
     }
     if part.take("class_cond", False):
         params["num_classes"] = NUM_CLASSES
     optional = ("num_head_channels", "num_heads_upsample", "dropout", "use_checkpoint", "resblock_updown")
-    params |= take_given(part, {name: name for name in (*optional, "use_new_attention_order")})
-    part.ignore({"use_fp16": "the type is chosen when the model is loaded"})
-    return size, params
+    return size, params | take_given(part, *optional, "use_new_attention_order")
+
+
+def _size(part: Part, name: str, levels: dict, given: list | None = None) -> tuple[int, list]:
+    """(image size, its channel multipliers), these as given or as published."""
+    size = part.take(name, 64)
+    if given is None and size not in levels:
+        part.problem(name, f"{size} has no channel_mult (there are: {', '.join(map(str, levels))})")
+        part.reading.check()
+    return size, list(levels[size]) if given is None else given
 
 
 def _numbers(value: Any) -> list[int]:
@@ -98,52 +94,56 @@ def _numbers(value: Any) -> list[int]:
     return [int(number) for number in ([value] if isinstance(value, int) else value)]
 
 
-_DIFFUSION_FLAGS = (
-    "diffusion_steps",
-    "noise_schedule",
-    "timestep_respacing",
-    "predict_xstart",
-    "rescale_timesteps",
-    "sigma_small",
-    *TRAINING,
-)
+# The section `diffusion:` with its defaults, and the flags that have longer names in the projects.
+_DIFFUSION = {
+    "timesteps": 1000,
+    "beta_schedule": "linear",
+    "respacing": "",
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+    "sigma_small": False,
+    "learn_sigma": False,
+}
+_FLAGS = {
+    "diffusion_steps": "timesteps",
+    "noise_schedule": "beta_schedule",
+    "timestep_respacing": "respacing",
+}
 
 
 def create_model(part: Part) -> Translated:
     _, params = _flags(part, "image_size")
-    part.finish()
-    return Translated({"target": "ldm.models.unet.UNetModel", "params": params})
+    part.finish("use_fp16")
+    return Translated(node("models.unet.UNetModel", **params))
 
 
 def create_model_and_diffusion(part: Part) -> Translated:
     diffusion = _diffusion_flags(part)
     size, params = _flags(part, "image_size")
-    part.finish()
-    node = {"target": "ldm.models.unet.UNetModel", "params": params}
-    return with_diffusion(node, diffusion, size, part.place(), part.reading)
-
-
-def _diffusion_flags(part: Part) -> dict[str, Any]:
-    given = take_given(part, {name: name for name in _DIFFUSION_FLAGS})
-    if part.target.startswith("improved_diffusion."):
-        given.setdefault("rescale_timesteps", True)  # its default, unlike guided-diffusion's
-    return given | {"learn_sigma": bool(part.params.get("learn_sigma", False))}
+    part.finish("use_fp16")
+    return with_diffusion(
+        node("models.unet.UNetModel", **params), diffusion, size, part.place(), part.reading
+    )
 
 
 def sr_create_model_and_diffusion(part: Part) -> Translated:
     diffusion = _diffusion_flags(part)
     size, params = _flags(part, "large_size")
-    part.ignore({"small_size": "any low resolution is taken"})
-    part.finish()
-    node = {"target": "ldm.models.encoder_unet.SuperResModel", "params": params}
-    return with_diffusion(node, diffusion, size, part.place(), part.reading)
+    part.finish("use_fp16", "small_size")  # any low resolution is taken
+    network = node("models.encoder_unet.SuperResModel", **params)
+    return with_diffusion(network, diffusion, size, part.place(), part.reading)
+
+
+def _diffusion_flags(part: Part) -> dict[str, Any]:
+    alike = ("predict_xstart", "rescale_timesteps", "sigma_small")
+    given = take_given(part, *_FLAGS, *alike, *TRAINING)
+    if part.target.startswith("improved_diffusion."):
+        given.setdefault("rescale_timesteps", True)  # its default, unlike guided-diffusion's
+    return given | {"learn_sigma": bool(part.params.get("learn_sigma", False))}
 
 
 def create_classifier(part: Part) -> Translated:
-    size = part.take("image_size", 64)
-    if size not in MULTIPLIERS:
-        part.problem("image_size", f"{size} is not supported (there are: {', '.join(map(str, MULTIPLIERS))})")
-        part.reading.check()
+    size, multipliers = _size(part, "image_size", MULTIPLIERS)
     resolutions = _numbers(part.take("classifier_attention_resolutions", "32,16,8"))
     params = {
         "image_size": size,
@@ -152,114 +152,84 @@ def create_classifier(part: Part) -> Translated:
         "out_channels": NUM_CLASSES,
         "num_res_blocks": part.take("classifier_depth", 2),
         "attention_resolutions": [size // resolution for resolution in resolutions],
-        "channel_mult": list(MULTIPLIERS[size]),
+        "channel_mult": multipliers,
         "num_head_channels": 64,
         "use_scale_shift_norm": part.take("classifier_use_scale_shift_norm", True),
         "resblock_updown": part.take("classifier_resblock_updown", True),
         "pool": part.take("classifier_pool", "attention"),
     }
-    part.ignore({"classifier_use_fp16": "the type is chosen when the model is loaded"})
-    part.finish()
-    return Translated({"target": "ldm.models.encoder_unet.EncoderUNetModel", "params": params})
+    part.finish("classifier_use_fp16")
+    return Translated(node("models.encoder_unet.EncoderUNetModel", **params))
 
 
 # The diffusion
 
 
-def with_diffusion(node: dict, diffusion: dict, size: int, path: str, reading: Reading) -> Translated:
+def with_diffusion(network: dict, diffusion: dict, size: int, path: str, reading: Reading) -> Translated:
     """A network as a `LatentDiffusion` over pixels; its file still has the bare network's names."""
-    network = dict(node["params"])
-    flags = _Flags(dict(diffusion), f"{path}.diffusion" if path else "diffusion", reading)
-    steps = flags.take("timesteps", "diffusion_steps", 1000)
-    learned = flags.take("learn_sigma", None, False)
-    schedule = {"timesteps": steps}
-    name = flags.take("beta_schedule", "noise_schedule", "linear")
+    path = f"{path}.diffusion" if path else "diffusion"
+    flags = _diffusion_of(diffusion, path, reading)
+    steps, learned, name = flags["timesteps"], flags["learn_sigma"], flags["beta_schedule"]
+    schedule = {"timesteps": steps, "schedule": BETAS.get(name, "cosine")}
     if name not in BETAS:
-        flags.problem("beta_schedule", f"{name!r} is none of {', '.join(BETAS)}")
+        reading.problem(f"{path}.beta_schedule", f"{name!r} is none of {', '.join(BETAS)}")
     elif name == "linear":  # scaled so that any number of steps ends in the same noise
         schedule |= {"linear_start": 1e-4 * 1000 / steps, "linear_end": 2e-2 * 1000 / steps}
-    schedule["schedule"] = BETAS.get(name, "cosine")
-    if flags.take("rescale_timesteps", None, False) and steps != 1000:
-        flags.problem(
-            "rescale_timesteps", f"is not supported with {steps} steps, of which the network's time is 0-1000"
-        )
-    respacing = str(flags.take("respacing", "timestep_respacing", ""))
-    small, start = flags.take("sigma_small", None, False), flags.take("predict_xstart", None, False)
-    flags.finish()
-    channels = network["out_channels"] // (2 if learned else 1)
-    params = {
-        "first_stage": {
-            "target": "ldm.models.autoencoder.IdentityFirstStage",
-            "params": {"channels": channels},
-        },
-        "network": _joint_network(node),
-        "denoiser": {
-            "target": "ldm.diffusion.denoiser.Denoiser",
-            "params": {
-                "prediction": "x0" if start else "eps",
-                "learned_variance": bool(learned),
-                "schedule": {"target": "ldm.diffusion.schedule.DiscreteSchedule", "params": schedule},
-            },
-        },
-        "conditioner": {
-            "target": "ldm.conditioning.Conditioner",
-            "params": {"embedders": _embedders(node, size)},
-        },
-        "image_size": size,
-        "clip_x0": True,
-        "sampler_defaults": {
-            "ddim": {"spacing": "leading" if respacing.startswith("ddim") or not respacing else "respaced"},
-            "ddpm": {
-                "spacing": "respaced",
-                "variance": "learned" if learned else "small" if small else "large",
-            },
-        },
-    }
-    return Translated(
-        {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}, lambda model: model.network
+    if flags["rescale_timesteps"] and steps != 1000:
+        reading.problem(f"{path}.rescale_timesteps", f"is not supported with {steps} steps, only with 1000")
+    respacing = str(flags["respacing"])
+    ddim = "leading" if respacing.startswith("ddim") or not respacing else "respaced"
+    variance = "learned" if learned else "small" if flags["sigma_small"] else "large"
+    whole = node(
+        "latent_diffusion.LatentDiffusion",
+        first_stage=compvis.pixels(network["params"]["out_channels"] // (2 if learned else 1)),
+        network=_joint_network(network),
+        denoiser=node(
+            "diffusion.denoiser.Denoiser",
+            prediction="x0" if flags["predict_xstart"] else "eps",
+            learned_variance=bool(learned),
+            schedule=node("diffusion.schedule.DiscreteSchedule", **schedule),
+        ),
+        conditioner=node("conditioning.Conditioner", embedders=_embedders(network, size)),
+        image_size=size,
+        clip_x0=True,
+        sampler_defaults={"ddim": {"spacing": ddim}, "ddpm": {"spacing": "respaced", "variance": variance}},
     )
+    return Translated(whole, lambda model: model.network)
 
 
-class _Flags:
-    """The section `diffusion:`, in which a flag may have the project's name or a shorter one."""
-
-    def __init__(self, values: dict, path: str, reading: Reading):
-        self.values, self.path, self.reading, self.known = values, path, reading, []
-
-    def take(self, name: str, flag: str | None, default: Any) -> Any:
-        names = [name] if flag is None else [name, flag]
-        self.known += names
-        found = [self.values.pop(key) for key in names if key in self.values]
-        if len(found) > 1:
-            self.problem(name, f"is also given as {flag}")
-        return found[0] if found else default
-
-    def problem(self, name: str, what: str) -> None:
-        self.reading.problem(f"{self.path}.{name}", what)
-
-    def finish(self) -> None:
-        for name in self.values:
-            if name not in TRAINING:
-                self.problem(name, f"unknown (known: {', '.join([*self.known, *TRAINING])})")
+def _diffusion_of(given: dict, path: str, reading: Reading) -> dict[str, Any]:
+    """The section `diffusion:`, all of it, by the shorter names."""
+    flags = dict(given)
+    for flag, name in _FLAGS.items():
+        if flag in flags:
+            if name in flags:
+                reading.problem(f"{path}.{name}", f"is also given as {flag}")
+            flags[name] = flags.pop(flag)
+    known = ", ".join((*_DIFFUSION, *_FLAGS, *TRAINING))
+    for name in [name for name in flags if name not in (*_DIFFUSION, *TRAINING)]:
+        reading.problem(f"{path}.{name}", f"unknown (known: {known})")
+    return _DIFFUSION | flags
 
 
-def _joint_network(node: dict) -> dict:
+def _is_super_res(network: dict) -> bool:
+    return network["target"].endswith(".SuperResModel")
+
+
+def _joint_network(network: dict) -> dict:
     """The super-resolution network takes its low-resolution image as a condition beside the noisy one."""
-    if not node["target"].endswith(".SuperResModel"):
-        return node
-    params = node["params"] | {"in_channels": 2 * node["params"]["in_channels"]}
-    return {"target": "ldm.models.unet.UNetModel", "params": params}
+    if not _is_super_res(network):
+        return network
+    params = network["params"] | {"in_channels": 2 * network["params"]["in_channels"]}
+    return node("models.unet.UNetModel", **params)
 
 
-def _embedders(node: dict, size: int) -> list[dict]:
+def _embedders(network: dict, size: int) -> list[dict]:
     embedders = []
-    classes = node["params"].get("num_classes")
-    if classes is not None:
-        params = {"num_classes": classes, "key": "label", "also": ["y"]}
-        embedders.append({"target": "ldm.conditioning.vectors.Labels", "params": params})
-    if node["target"].endswith(".SuperResModel"):
-        params = {"key": "low_res", "size": size}
-        embedders.append({"target": "ldm.conditioning.maps.ImageMap", "params": params})
+    if (classes := network["params"].get("num_classes")) is not None:
+        embedders.append(node("conditioning.vectors.Labels", num_classes=classes, key="label", also=["y"]))
+    if _is_super_res(network):
+        embedders.append(node("conditioning.maps.ImageMap", key="low_res", size=size))
     return embedders
 
 
@@ -293,8 +263,6 @@ def network(part: Part, diffusion: dict | None) -> Translated:
         part.reading.problem("diffusion", f"does not go with {part.target}")
         return found
     if size is None:
-        part.problem(
-            "image_size", "is needed with a section `diffusion`, which makes a model that can be sampled"
-        )
+        part.problem("image_size", "is needed with a section `diffusion`")
         return found
     return with_diffusion(found.node, diffusion, size, "", part.reading)

@@ -4,7 +4,7 @@ Such a file describes a whole training run. Only its model is wanted here; data 
 paths that do not exist and settings of the training are noted, and are no errors.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ldm.checkpoints.description import targets_of
 from ldm.config import ConfigError
 from ldm.config.signatures import is_target
-from ldm.wording import did_you_mean
+from ldm.wording import did_you_mean, some
 
 _REQUIRED = object()
-_OF_A_RUN = (
-    ". The training config of a diffusion model does not say all of the model, whose first stage is another "
-    "run's: load the run's model.safetensors or a checkpoint of it"
-)
+_OF_A_RUN = "; a diffusion model's first stage is another run's: load the run's model.safetensors"
+# The learning rate stands beside `target` in all of these projects.
+_PART = ("target", "params", "base_learning_rate")
 
 
 @dataclass
@@ -63,9 +63,7 @@ class Part:
             reading.problem(self.place(), f"expected a mapping of parameters, got {params!r:.80}")
             params = None
         self.params: dict[str, Any] = dict(params or {})
-        # The learning rate stands beside `target` in all of these projects.
-        known = ("target", "params", "base_learning_rate")
-        self._beside = {name: value for name, value in node.items() if name not in known}
+        self._beside = {name: value for name, value in node.items() if name not in _PART}
         self._known: dict[str, None] = {}
 
     def place(self, name: str = "") -> str:
@@ -90,14 +88,6 @@ class Part:
         """The value of a key that stands beside `target`."""
         return self._beside.pop(name, default)
 
-    def ignore(self, names: Mapping[str, str]) -> None:
-        """Leave out parameters that have no part in the model: {name: reason}."""
-        for name, reason in names.items():
-            self._known[name] = None
-            value = self.params.pop(name, None)
-            if name in ("ckpt_path", "ckpt_engine") and value is not None:
-                self.reading.note(self.place(name), f"{value!r:.80} is not read: {reason}")
-
     def only(self, name: str, allowed: tuple, why: str) -> None:
         """Take a parameter that is known, but only with the values `allowed` (the first is its default)."""
         value = self.take(name, allowed[0])
@@ -105,18 +95,29 @@ class Part:
             self.problem(name, f"is {value!r}; {why}")
 
     def problem(self, name: str, what: str) -> None:
+        """A problem with a parameter."""
         self.reading.problem(self.place(name), what)
 
-    def finish(self) -> None:
-        """Whatever nobody asked for is a problem."""
+    def problem_beside(self, name: str, what: str) -> None:
+        """A problem with a key that stands beside `target`, or with the target itself."""
+        self.reading.problem(".".join(filter(None, (self.path, name))), what)
+
+    def refuse_target(self, supported: str) -> None:
+        self.problem_beside("target", f"{self.target!r} is not supported (supported: {supported})")
+
+    def finish(self, *ignored: str) -> None:
+        """Leave out the parameters `ignored`, which have no part in the model; any other is a problem."""
+        for name in ignored:
+            value = self.take(name, None)
+            if name in ("ckpt_path", "ckpt_engine") and value is not None:
+                why = "the weights come from the checkpoint that is loaded"
+                self.reading.note(self.place(name), f"{value!r:.80} is not read: {why}")
         known = list(self._known)
+        takes = ", ".join(known) or "nothing"
         for name in self.params:
-            takes = ", ".join(known) or "nothing"
             self.problem(name, f"unknown{did_you_mean(name, known)} ({self.target} takes: {takes})")
         for name in self._beside:
-            self.reading.problem(
-                f"{self.path}.{name}" if self.path else name, "stands beside target; it is not known there"
-            )
+            self.problem_beside(name, "stands beside target; it is not known there")
 
 
 @dataclass(frozen=True)
@@ -140,38 +141,29 @@ def read_original(config: str | Path | Mapping) -> Original:
         ConfigError: no such file, not YAML, no model in it, or an interpolation that leads nowhere.
     """
     tree, origin = read_tree(config)
-    reading = Reading(origin)
     if "model" in tree:
-        path, keys = "model", ("model",)
+        path, read = "model", ("model",)
     elif "target" in tree:
-        path, keys = "", ("target", "params", "diffusion")
+        path, read = "", ("target", "params", "diffusion")
     else:
-        raise ConfigError(
-            f"{origin}: has neither `model:` nor `target:` at its top, but "
-            + (", ".join(map(str, tree)) or "nothing")
-            + (_OF_A_RUN if "network" in tree else "")
-        )
+        has = some(list(map(str, tree)), 20) or "nothing"
+        hint = _OF_A_RUN if "network" in tree else ""
+        raise ConfigError(f"{origin}: has neither `model:` nor `target:` at its top, but {has}{hint}")
     try:
-        selected = OmegaConf.select(tree, "model") if path else OmegaConf.masked_copy(tree, list(tree))
-        node = (
-            OmegaConf.to_container(selected, resolve=True, throw_on_missing=True)
-            if selected is not None
-            else None
-        )
+        selected = tree.model if path else OmegaConf.masked_copy(tree, list(tree))
+        if isinstance(selected, DictConfig):
+            selected = OmegaConf.to_container(selected, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or path
         reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"{origin}: {where}: {reason}. References are to the whole file: if this is a part of one, "
-            "give the whole"
-        ) from error
-    diffusion = node.pop("diffusion", None) if isinstance(node, dict) and not path else None
-    if path == "" and isinstance(node, dict):
-        node = {
-            name: value for name, value in node.items() if name in ("target", "params", "base_learning_rate")
-        }
-    _note_sections(tree, keys, reading)
-    return Original(Part(node, path, reading), diffusion, reading)
+        hint = "references are to the whole file: give the whole"
+        raise ConfigError(f"{origin}: {where}: {reason} ({hint})") from error
+    reading, diffusion = Reading(origin), None
+    if not path:
+        diffusion = selected.pop("diffusion", None)
+        selected = {name: selected[name] for name in _PART if name in selected}
+    _note_sections(tree, read, reading)
+    return Original(Part(selected, path, reading), diffusion, reading)
 
 
 def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
@@ -183,11 +175,11 @@ def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
     if isinstance(config, Mapping | DictConfig):
         return OmegaConf.create(config) if isinstance(config, Mapping) else config, "the config"
     path = Path(config)
-    if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "none"
-        raise ConfigError(f"{path}: is a folder, not a YAML file (in it: {inside})")
     if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        folder = path if path.is_dir() else path.parent
+        beside = sorted(p.name for p in folder.glob("*.y*ml"))
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder, not a YAML file (in it: {some(beside) or 'none'})")
         raise ConfigError(f"{path}: no such file{did_you_mean(path.name, beside)}")
     try:
         tree = OmegaConf.load(path)
@@ -200,18 +192,9 @@ def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
 
 def _note_sections(tree: DictConfig, read: tuple[str, ...], reading: Reading) -> None:
     """Say which sections were not read, and which data sets a data section names."""
-    plain = OmegaConf.to_container(tree, resolve=False)
-    for name, section in plain.items():
+    for name, section in OmegaConf.to_container(tree, resolve=False).items():
         if name in read or name == "base_learning_rate":
             continue
-        targets = list(dict.fromkeys(t for t in _targets(section) if not t.startswith("main.")))
+        targets = dict.fromkeys(t for t in targets_of(section) if not t.startswith("main."))
         names = f" (it names {', '.join(targets)})" if name == "data" and targets else ""
         reading.note(str(name), f"not read, only the model is wanted{names}")
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if is_target(node):
-        yield str(node["target"])
-    children = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    for child in children:
-        yield from _targets(child)

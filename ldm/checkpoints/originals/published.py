@@ -5,42 +5,42 @@ plain description in this toolkit's own terms, which is built without memory and
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoints.native import FORMAT
+from ldm.checkpoints import building
+from ldm.checkpoints.description import Description
 from ldm.checkpoints.originals import compvis, openai, sgm
-from ldm.checkpoints.originals.averaged_names import EMA_EXTRAS, EMA_PREFIX, ema_names
-from ldm.checkpoints.originals.original_yaml import Original, read_original
-from ldm.checkpoints.originals.translation import Translated, lookup, set_latent_scale
-from ldm.checkpoints.strict import HARMLESS, IgnoreRule, check_shapes, load_strict
-from ldm.checkpoints.unfilled import build_unfilled
+from ldm.checkpoints.originals.original_yaml import Original, Part, read_original
+from ldm.checkpoints.originals.translation import Translated, lookup
+from ldm.checkpoints.strict import HARMLESS, check_keys, load_strict
 from ldm.config import ConfigError
 from ldm.config.signatures import resolve_target
 from ldm.weights.errors import CheckpointError
 from ldm.weights.reading import Weights, read_weights
+from ldm.wording import some
 
 log = logging.getLogger(__name__)
 
 MODELS = compvis.MODELS | sgm.MODELS
+EMA_PREFIX = "model_ema."
+EMA_EXTRAS = ("decay", "num_updates")  # buffers of the averaging itself, beside the weights
+_EMA = r"model_ema\..+"
 
-# Extra keys of published files beyond `HARMLESS`.
-PUBLISHED_HARMLESS: tuple[IgnoreRule, ...] = HARMLESS + (
-    IgnoreRule(
-        r"cond_stage_model\.loss\..+",
-        "the first stage's loss, under its second name as the condition's model",
-    ),
-    IgnoreRule(r"(.+\.)?attn_mask", "the causal mask of older OpenCLIP text encoders, a constant"),
-    IgnoreRule(r"(.+\.)?colorize", "a random projection that displays segmentations"),
-)
+#: Extra keys of published files, see `HARMLESS`.
+PUBLISHED_HARMLESS = HARMLESS | {
+    r"cond_stage_model\.loss\..+": "the first stage's loss, under its second name as the condition's model",
+    r"(.+\.)?attn_mask": "the causal mask of older OpenCLIP text encoders, a constant",
+    r"(.+\.)?colorize": "a random projection that displays segmentations",
+}
 # Where averaged weights are taken, those of the loss and the counters are all that may be left over.
-_AVERAGED_HARMLESS = tuple(rule for rule in PUBLISHED_HARMLESS if not rule.matches(EMA_PREFIX + "x")) + (
-    IgnoreRule(r"model_ema\.(decay|num_updates)", "counters of the averaging itself"),
-    IgnoreRule(r"model_ema\.loss.+", "averaged weights of the first stage's loss"),
-)
+_AVERAGED_HARMLESS = {pattern: why for pattern, why in PUBLISHED_HARMLESS.items() if pattern != _EMA} | {
+    r"model_ema\.(decay|num_updates)": "counters of the averaging itself",
+    r"model_ema\.loss.+": "averaged weights of the first stage's loss",
+}
 
 
 def load_published(
@@ -75,15 +75,12 @@ def load_published(
     for note in original.reading.notes:
         log.info("%s: %s", original.reading.origin, note)
     step = weights.extra.get("global_step")
-    model.description = {
-        "format": FORMAT,
-        "model": translated.node,
-        "classes": None,
-        "sampling": None,
-        "weights": "ema" if averaged else "raw",
-        "step": step if isinstance(step, int) else None,
-        "notes": original.reading.notes,
-    }
+    model.description = Description(
+        translated.node,
+        weights="ema" if averaged else "raw",
+        step=step if isinstance(step, int) else None,
+        notes=original.reading.notes,
+    )
     return model
 
 
@@ -93,27 +90,24 @@ def translate(original: Original) -> Translated:
     Raises:
         ConfigError: every unknown or unsupported target and parameter.
     """
-    reading = original.reading
+    part, reading = original.model, original.reading
     try:
-        found = _translate(original)
+        found = _translate(part, original.diffusion)
     except ConfigError:
         raise
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-        reading.problem(
-            original.model.path or "target", f"values that make no sense: {type(error).__name__}: {error}"
-        )
+        reading.problem(part.path or "target", f"values that make no sense: {type(error).__name__}: {error}")
     reading.check()
     return found
 
 
-def _translate(original: Original) -> Translated:
-    part, reading = original.model, original.reading
+def _translate(part: Part, diffusion: dict | None) -> Translated:
     if part.target in openai.MODELS:
-        return openai.network(part, original.diffusion)
-    if original.diffusion is not None:
-        reading.problem("diffusion", f"does not go with {part.target}")
+        return openai.network(part, diffusion)
+    if diffusion is not None:
+        part.reading.problem("diffusion", f"does not go with {part.target}")
     if part.target not in MODELS and _is_native(part.target):
-        return Translated({"target": part.target, "params": part.params}, averaged=None)
+        return Translated({"target": part.target, "params": part.params})
     return lookup(part, MODELS | openai.MODELS, "model")(part)
 
 
@@ -127,12 +121,8 @@ def _is_native(target: str) -> bool:
 def build_empty(
     translated: Translated, dtype: torch.dtype | None = None, origin: str = "the config"
 ) -> nn.Module:
-    """The model without memory for its parameters (on the meta device), in eval mode.
-
-    Raises:
-        ConfigError, UnsupportedCheckpoint: parameters that the classes refuse, parts that do not fit.
-    """
-    model = build_unfilled(translated.node, f"{origin} (in this toolkit's terms)")
+    """The model without memory for its parameters (on the meta device), in eval mode; see `building`."""
+    model = building.build_empty(translated.node, f"{origin} (in this toolkit's terms)")
     return model if dtype is None else model.to(dtype=dtype)
 
 
@@ -142,11 +132,9 @@ def fill(model: nn.Module, translated: Translated, weights: Weights, ema: bool, 
     Raises:
         CheckpointError: missing, extra or mis-shaped keys, or a scale of the latents that is not the YAML's.
     """
-    view = translated.view(model)
-    tensors = dict(weights.tensors)
+    view, tensors, name = translated.view(model), dict(weights.tensors), type(model).__name__
     # First: of a file that holds another model, the averages would be the lesser part of the matter.
-    name = type(model).__name__
-    check_shapes(view, tensors, ignore=PUBLISHED_HARMLESS, where=where, name=name)
+    check_keys(view, tensors, ignore=PUBLISHED_HARMLESS, where=where, name=name)
     averaged = (
         ema and translated.averaged is not None and take_averaged(tensors, view, translated.averaged, where)
     )
@@ -157,7 +145,7 @@ def fill(model: nn.Module, translated: Translated, weights: Weights, ema: bool, 
     if translated.scale_in_file:
         if not view.scale_factor:
             raise CheckpointError(where, "carries a scale_factor of 0, with which no latent can be decoded")
-        set_latent_scale(model, view.scale_factor)
+        model.latent_scale.fill_(view.scale_factor)
     return averaged
 
 
@@ -176,19 +164,39 @@ def take_averaged(tensors: dict[str, Tensor], view: nn.Module, beginning: str, w
     if not any(name.startswith(EMA_PREFIX) and name not in counters for name in tensors):
         return False
     names = [name for name, _ in view.named_parameters() if name.startswith(beginning)]
-    copies = {
-        copy: beginning + name for copy, name in ema_names(n.removeprefix(beginning) for n in names).items()
-    }
-    missing = [f"{copy} (of {name})" for copy, name in copies.items() if copy not in tensors]
+    copies = ema_names(name.removeprefix(beginning) for name in names)
+    missing = [f"{copy} (of {beginning}{name})" for copy, name in copies.items() if copy not in tensors]
     if missing:
-        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        raise CheckpointError(
-            where,
-            f"has averaged copies of some parameters, but {len(missing)} are missing: {shown}; see ema=False",
-        )
+        what = f"has averaged copies, but {len(missing)} are missing: {some(missing, 20)} (see ema=False)"
+        raise CheckpointError(where, what)
     for copy, name in copies.items():
-        tensors[name] = tensors.pop(copy)
+        tensors[beginning + name] = tensors.pop(copy)
     return True
+
+
+def ema_names(parameter_names: Iterable[str]) -> dict[str, str]:
+    """EMA key -> parameter name, for the parameters that were averaged.
+
+    The original's averaging stores each parameter as a buffer, whose name may hold no dot, so it deletes
+    every dot. That cannot be undone, hence the map is built forwards: `model_ema.` + the name, dotless.
+
+    Args:
+        parameter_names: as in the module that was averaged. The original averages `model`, the wrapper of the
+            UNet, so its names begin with `diffusion_model.`; an autoencoder's averages the whole of itself.
+
+    Raises:
+        ValueError: two parameters have the same name once their dots are gone, or one takes the name of the
+            averaging's own `decay` or `num_updates`.
+    """
+    names: dict[str, str] = {}
+    for name in parameter_names:
+        key = EMA_PREFIX + name.replace(".", "")
+        if key.removeprefix(EMA_PREFIX) in EMA_EXTRAS:
+            raise ValueError(f"the EMA key {key!r} of {name!r} is a buffer of the averaging itself")
+        if names.get(key, name) != name:
+            raise ValueError(f"the parameters {names[key]!r} and {name!r} have the same EMA key {key!r}")
+        names[key] = name
+    return names
 
 
 def _check_scale(found: Tensor | None, expected: float, where: str) -> None:
@@ -197,10 +205,6 @@ def _check_scale(found: Tensor | None, expected: float, where: str) -> None:
         return
     if found.numel() != 1:
         raise CheckpointError(where, f"carries a scale_factor of shape {tuple(found.shape)}, not one number")
-    if abs(found.double().item() - expected) <= 1e-4 * abs(expected):
-        return
-    raise CheckpointError(
-        where,
-        f"carries scale_factor {found.item():.6g}, the config says {expected}: the model was trained with "
-        "scale_by_std; set scale_by_std: true in the config",
-    )
+    if not abs(found.double().item() - expected) <= 1e-4 * abs(expected):  # nor may it be NaN
+        what = f"carries scale_factor {found.item():.6g}, the config says {expected}: set scale_by_std: true"
+        raise CheckpointError(where, what)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ldm.checkpoints.originals.original_yaml import Part
@@ -47,43 +46,32 @@ class Shell(nn.Module):
             self.add_module(name, module)
 
 
-def lookup(part: Part, table: Mapping[str, Callable], what: str) -> Callable | None:
+def lookup(part: Part, table: Mapping[str, Callable], what: str) -> Callable:
     """The translator of a part's target; an unknown target is a problem that names the nearest."""
     if part.target not in table:
         near = did_you_mean(part.target, table)
         known = ", ".join(dict.fromkeys(target.rpartition(".")[2] for target in table))
-        part.reading.problem(
-            ".".join(filter(None, (part.path, "target"))),
-            f"{part.target!r} is no known {what}{near} (known: {known})",
-        )
+        part.problem_beside("target", f"{part.target!r} is no known {what}{near} (known: {known})")
         part.reading.check()
     return table[part.target]
+
+
+def translated(part: Part, name: str, table: Mapping[str, Callable], what: str, *more: Any) -> Any:
+    """What a table's translator makes of a parameter that is itself a part."""
+    inner = part.part(name)
+    return lookup(inner, table, what)(inner, *more)
 
 
 _ABSENT = object()
 
 
-def take_given(part: Part, names: Mapping[str, str]) -> dict[str, Any]:
-    """{ours: value} of the parameters {theirs: ours} that are given."""
-    found = {}
-    for theirs, ours in names.items():
-        value = part.take(theirs, _ABSENT)
-        if value is not _ABSENT:
-            found[ours] = value
-    return found
+def take_given(part: Part, *names: str, **renamed: str) -> dict[str, Any]:
+    """The parameters that are given, of `names` and of `renamed` (theirs=ours), by our names."""
+    theirs = {name: name for name in names} | renamed
+    found = {ours: part.take(name, _ABSENT) for name, ours in theirs.items()}
+    return {ours: value for ours, value in found.items() if value is not _ABSENT}
 
 
-def same_names(function: Callable, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """{name: name} of a callable's parameters, for `take_given`."""
-    return {name: name for name in signatures.parameters(function) or () if name not in without}
-
-
-def factor_of(ddconfig: Mapping) -> int:
-    """Downsampling factor of an autoencoder."""
-    return 2 ** (len(ddconfig["ch_mult"]) - 1)
-
-
-def set_latent_scale(model: nn.Module, scale: torch.Tensor) -> None:
-    """Write a scale, 0-d, over that of a `LatentDiffusion`."""
-    with torch.no_grad():
-        model.latent_scale.copy_(scale.to(model.latent_scale).expand_as(model.latent_scale))
+def arguments_for(function: Callable, without: tuple[str, ...] = ()) -> list[str]:
+    """Names of a callable's parameters, for `take_given`."""
+    return [name for name in signatures.parameters(function) or () if name not in without]

@@ -2,6 +2,7 @@
 
 import pytorch_lightning as pl
 
+from ldm.checkpoints.description import Description
 from ldm.training.loop.progress import Progress
 from ldm.training.method import Method
 from ldm.training.run_folder import RunFolder
@@ -77,7 +78,7 @@ class Checkpoints(pl.Callback):
     written when all that its step brings (logs, validation) is: what a killed run lost then comes again.
     """
 
-    def __init__(self, folder: RunFolder, description: dict):
+    def __init__(self, folder: RunFolder, description: Description):
         self.folder, self.description = folder, description
         self._saved = 0
 

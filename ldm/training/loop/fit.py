@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 
 from ldm import config as configuration
-from ldm.checkpoints import native
 from ldm.training.loop.callbacks import Checkpoints, Pictures, ProgressLine
 from ldm.training.loop.data_module import RunData
 from ldm.training.loop.interruption import Interruption
@@ -73,23 +72,12 @@ def _fit(
     _announce(method, trainer)
     if training.compile:
         compile_blocks(method)
-    ours = [ProgressLine(), Pictures(folder), Checkpoints(folder, describe(method, cfg))]
+    ours = [ProgressLine(), Pictures(folder), Checkpoints(folder, method.describe())]
     # After the question whether to stop, before the user's own.
     trainer.callbacks[1:1] = ours
     _step_until_done(method, folder, trainer, interruption)
     if interruption.asked is not None and method.step < training.steps and writes:
         raise KeyboardInterrupt(f"stopped at step {method.step}; the same command continues {folder.path}")
-
-
-def describe(method: Method, cfg) -> dict:
-    """What a run's files say of its model."""
-    return {
-        "format": native.FORMAT,
-        "model": method.describe(cfg),
-        "image_size": method.image_size,
-        "classes": method.classes,
-        "sampling": method.sampling,
-    }
 
 
 def _step_until_done(

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from omegaconf import DictConfig
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from ldm import config as configuration
 from ldm.config.other_runs import not_repeated
 from ldm.data.images.grid import led_rows, pixel_grid, to_uint8
 from ldm.diffusion.objective import Objective
@@ -173,11 +171,6 @@ class DiffusionMethod(Method):
             if not {embedder.key, *embedder.also} & set(batch):
                 batch[embedder.key] = embedder.null_values(count, self.model.device)
         return batch
-
-    def describe(self, cfg: DictConfig) -> dict:
-        parts = {name: configuration.to_plain(cfg.get(name)) for name in PARTS}
-        params = {"first_stage": self._first_stage.part, **parts, "image_size": self.image_size}
-        return {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}
 
     def keep(self, folder: Path) -> None:
         self._first_stage.keep(folder)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.checkpoints import load, native
+from ldm.checkpoints.description import described
 from ldm.checkpoints.trust import is_run_config
 from ldm.conditioning import Conditioner
 from ldm.data import LatentCache, measure_latents
@@ -27,12 +28,12 @@ class FirstStage:
     """The frozen autoencoder of a diffusion run.
 
     Attributes:
-        model: in eval mode, without gradients. part: its {target, params} of a description.
+        model: in eval mode, without gradients.
         source: where it was read from; None for a model of pixels.
     """
 
-    def __init__(self, model: nn.Module, part: dict, source: Path | None):
-        self.model, self.part, self.source = model.requires_grad_(False), part, source
+    def __init__(self, model: nn.Module, source: Path | None = None):
+        self.model, self.source = model.eval().requires_grad_(False), source
 
     @classmethod
     def of(cls, run: Run) -> "FirstStage":
@@ -45,24 +46,19 @@ class FirstStage:
             ValueError: there is none, or it is no first stage.
         """
         if "first_stage" in run.built:
-            return cls(run.built["first_stage"], {}, None)
+            return cls(run.built["first_stage"])
         source = _find(run)
         if source is None:
-            channels = run.train.channels
-            part = {"target": "ldm.models.autoencoder.IdentityFirstStage", "params": {"channels": channels}}
-            return cls(IdentityFirstStage(channels).eval(), part, None)
+            return cls(IdentityFirstStage(run.train.channels))
         config = run.keys.first_stage_config
         if config is not None and source.name == FILE and not is_run_config(config):
             config = None  # the run's own copy of a published one, which describes itself
         model = load(source, config)
-        description = getattr(model, "description", {})
-        part = description.get("model")
-        log.info("first stage: %s, step %s", source, description.get("step") or "unknown")
-        if isinstance(model, LatentDiffusion):
-            model, part = model.first_stage_model, part["params"]["first_stage"]
-        if not hasattr(model, "moments") or part is None:
+        log.info("first stage: %s, step %s", source, model.description.step or "unknown")
+        model = model.first_stage_model if isinstance(model, LatentDiffusion) else model
+        if not hasattr(model, "moments"):
             raise ValueError(f"first_stage {source} holds a {type(model).__name__}, which is no first stage")
-        return cls(model, part, source)
+        return cls(model, source)
 
     def fingerprint(self) -> str:
         return native.fingerprint(self.model.state_dict())
@@ -70,8 +66,7 @@ class FirstStage:
     def keep(self, folder: Path) -> None:
         """Write the run's own copy, unless it is this one."""
         if self.source not in (None, folder / FILE):
-            description = {"format": native.FORMAT, "model": self.part, "weights": "ema", "step": None}
-            native.save_model(folder / FILE, self.model.state_dict(), description)
+            native.save_model(folder / FILE, self.model.state_dict(), described(self.model))
 
     def prepare(self, run: Run, model: LatentDiffusion) -> list[Dataset | None]:
         """The run's data, as latents where the config asks for that; sets the shift and scale of `model`."""

@@ -8,7 +8,8 @@ from diffusers_data import loaded_fully, noise, randomized, require_diffusers, s
 from reference_data import relative_error
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.architecture import NotExpressible, first_stage_arguments
+from ldm.arguments import arguments_of
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.export import save_diffusers
 from ldm.checkpoints.diffusers.folder import load_diffusers
 from ldm.checkpoints.diffusers.vae import latent_scale, scale_config
@@ -87,9 +88,9 @@ REBUILT = {
 
 
 @pytest.mark.parametrize("name", REBUILT)
-def test_a_first_stage_is_rebuilt_from_what_its_modules_say(name):
+def test_a_first_stage_is_rebuilt_from_the_arguments_that_it_remembers(name):
     model = randomized(REBUILT[name]()) if name in MODELS else REBUILT[name]().eval()
-    again = type(model)(**first_stage_arguments(model)).eval()
+    again = type(model)(**arguments_of(model)).eval()
     again.load_state_dict(model.state_dict())
     x = noise(1, model.image_channels, 32, 32)
     with torch.no_grad():
@@ -100,11 +101,11 @@ def test_a_first_stage_is_rebuilt_from_what_its_modules_say(name):
 
 def test_arguments_of_a_quantizer_with_a_remap_and_of_no_first_stage():
     model = VQModel(DD_VQ, 16, 3, remap=[4, 2, 9], unknown_index="extra", beta=0.5, sane_index_shape=True)
-    arguments = first_stage_arguments(model)
+    arguments = arguments_of(model)
     assert {k: arguments[k] for k in ("remap", "unknown_index", "beta", "sane_index_shape")} == {
         "remap": [4, 2, 9], "unknown_index": "extra", "beta": 0.5, "sane_index_shape": True,
     }  # fmt: skip
-    assert first_stage_arguments(IdentityFirstStage(2)) == {"channels": 2}
+    assert arguments_of(IdentityFirstStage(2)) == {"channels": 2}
 
 
 THEIRS = {

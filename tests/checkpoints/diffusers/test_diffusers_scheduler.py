@@ -6,10 +6,9 @@ from diffusers_data import require_diffusers
 from reference_data import relative_error
 
 from ldm import config as configuration
-from ldm.checkpoints.architecture import NotExpressible
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.scheduler import (
     denoiser_part,
-    named_betas,
     sampling_defaults,
     scheduler_config,
 )
@@ -67,14 +66,6 @@ def test_names_are_the_other_projects_names():
     assert (found["linear"]["beta_start"], found["linear"]["beta_end"]) == (0.00085, 0.012)
     assert found["sqrt_linear"]["num_train_timesteps"] == 400
     assert len(found["sqrt"]["trained_betas"]) == 1000
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_betas_are_named_where_they_have_a_name(name):
-    options = {"schedule": name, **SCHEDULES[name]}
-    options.pop("timesteps", None)
-    assert named_betas(DiscreteSchedule(**ALL[name])) == options
-    assert named_betas(DiscreteSchedule(betas=OWN)) == {"betas": pytest.approx(OWN)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from diffusers_data import loaded_fully, noise, randomized, require_diffusers, s
 from reference_data import relative_error
 from safetensors.torch import load_file, save_file
 
-from ldm.checkpoints.architecture import NotExpressible, unet_arguments
+from ldm.arguments import arguments_of
+from ldm.checkpoints.building import build_empty
+from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.export import save_diffusers
 from ldm.checkpoints.diffusers.folder import load_diffusers
 from ldm.checkpoints.diffusers.names import from_diffusers, unet_places
@@ -16,7 +18,6 @@ from ldm.checkpoints.diffusers.part import shapes_of
 from ldm.checkpoints.diffusers.unet_reading import unet_part
 from ldm.checkpoints.diffusers.unet_writing import unet_config
 from ldm.checkpoints.strict import KeyMismatch
-from ldm.checkpoints.unfilled import build_unfilled
 from ldm.models.dit import DiT
 from ldm.models.unet import UNetModel
 from ldm.weights.errors import UnsupportedCheckpoint
@@ -105,9 +106,9 @@ REBUILT = {
 
 
 @pytest.mark.parametrize("name", REBUILT)
-def test_a_network_is_rebuilt_from_what_its_modules_say(name):
+def test_a_network_is_rebuilt_from_the_arguments_that_it_remembers(name):
     network = randomized(UNetModel(**REBUILT[name]))
-    again = UNetModel(**unet_arguments(network)).eval()
+    again = UNetModel(**arguments_of(network)).eval()
     again.load_state_dict(network.state_dict())
     x, t, context, y = inputs(network)
     with torch.no_grad():
@@ -205,7 +206,7 @@ def test_published_networks_have_every_name_and_shape(name):
     config, size = PUBLISHED[name]
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**config)
-    network = build_unfilled(unet_part({"_class_name": type(theirs).__name__, **config}, name), name)
+    network = build_empty(unet_part({"_class_name": type(theirs).__name__, **config}, name), name)
     assert sum(p.numel() for p in network.parameters()) == size
     places = unet_places(network, "add_embedding" if "addition_embed_type" in config else "class_embedding")
     shapes = shapes_of(network)
