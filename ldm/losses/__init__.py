@@ -3,7 +3,7 @@
 from ldm.losses.autoencoder import FROZEN_PREFIX, AutoencoderLoss
 from ldm.losses.efficientnet import EfficientNetLite0, EfficientNetPerceptual
 from ldm.losses.lpips import LPIPS
-from ldm.losses.pretrained import WeightsError
+from ldm.weights.fetching import WeightsError
 
 __all__ = [
     "FROZEN_PREFIX",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldm.losses.perceptual import FrozenNetwork, as_rgb, check_pair, unit_length
-from ldm.losses.pretrained import WeightsError, load_strictly, load_weights
+from ldm.losses.pretrained import load_published
+from ldm.weights.fetching import WeightsError
 
 # (blocks, kernel, stride of the first, expansion, output channels) of each stage
 _STAGES = (
@@ -103,7 +104,7 @@ class EfficientNetLite0(FrozenNetwork):
         self._fc = nn.Linear(POOLED_FEATURES, 1000)
         if pretrained:
             source = Path(path).expanduser() if path is not None else packaged_weights()
-            load_strictly(self, load_weights(source), source)
+            load_published(self, source)
         self.freeze()
 
     def features(self, x: Tensor) -> list[Tensor]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.losses.perceptual import FrozenNetwork, as_rgb, check_pair, unit_length
-from ldm.losses.pretrained import LPIPS_HEADS, VGG16, find_weights, load_strictly, load_weights
+from ldm.losses.pretrained import LPIPS_HEADS, VGG16, load_published
+from ldm.weights.fetching import find_weights
 
 CHANNELS = (64, 128, 256, 512, 512)
 # (stage, index in torchvision's vgg16().features, output channels) of every convolution
@@ -102,7 +103,7 @@ class LPIPS(FrozenNetwork):
     (eq. 1).
 
     `pretrained=False` leaves the weights random, for a caller that loads a state dict. `vgg_path` and
-    `lpips_path` are local copies of the published files (see `ldm.losses.pretrained` for where they are
+    `lpips_path` are local copies of the published files (see `ldm.weights.fetching` for where they are
     looked for otherwise). Frozen; gradients reach both inputs.
     """
 
@@ -122,15 +123,13 @@ class LPIPS(FrozenNetwork):
         self.freeze()
 
     def _load_published(self, vgg_path, lpips_path) -> None:
-        heads_file = find_weights(
-            LPIPS_HEADS, lpips_path
-        )  # the small one first: fail before 528 MB are fetched
+        # The small file first: fail before 528 MB are fetched.
+        heads_file = find_weights(LPIPS_HEADS, lpips_path)
         heads = nn.Module()
         for i in range(len(CHANNELS)):
             heads.add_module(f"lin{i}", self.get_submodule(f"lin{i}"))
-        load_strictly(heads, load_weights(heads_file), heads_file)
-        vgg_file = find_weights(VGG16, vgg_path)
-        load_strictly(self.net, from_torchvision(load_weights(vgg_file)), vgg_file)
+        load_published(heads, heads_file)
+        load_published(self.net, find_weights(VGG16, vgg_path), from_torchvision)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1], H and W at least 16 -> distances (B, 1, 1, 1), float32."""

@@ -26,8 +26,6 @@ class UnsafeCheckpoint(CheckpointError):
 
     def __init__(self, where: str, global_name: str, what: str, hint: str = ""):
         super().__init__(
-            where,
-            f"refused: the pickle {what} `{global_name}`, which can run code. Nothing of it was imported or "
-            f"run. Open this file with no other tool unless you trust whoever made it.{hint}",
+            where, f"refused: the pickle {what} `{global_name}`, which can run code; nothing was run{hint}"
         )
         self.global_name = global_name

@@ -9,6 +9,7 @@ import torch
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
 _ALIGNMENT = 8
+_LONGEST_LINE = 4096
 
 
 class MappedFile:
@@ -30,9 +31,7 @@ class MappedFile:
         with open(path, "rb") as file:
             self.size = file.seek(0, 2)
             if self.size == 0:
-                raise CorruptCheckpoint(
-                    self.where, "the file is empty (0 bytes); was a download or a save cut off?"
-                )
+                raise CorruptCheckpoint(self.where, "the file is empty (0 bytes)")
             # A private copy-on-write map, so that torch may hold it as writable memory.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.view = memoryview(self._map)
@@ -51,3 +50,32 @@ class MappedFile:
         if offset % _ALIGNMENT:
             piece = piece.clone()  # misaligned elements are slow at best
         return piece.untyped_storage()
+
+
+class ByteReader:
+    """Memory as a file to read: what `pickletools` and `zipfile` need, without lines of a gigabyte."""
+
+    def __init__(self, view: memoryview, position: int = 0):
+        self._view = view
+        self._position = position
+
+    def read(self, count: int) -> bytes:
+        piece = self._view[self._position : self._position + count].tobytes()
+        self._position += len(piece)
+        return piece
+
+    def readline(self) -> bytes:
+        ahead = self._view[self._position : self._position + _LONGEST_LINE].tobytes()
+        line = ahead[: ahead.find(b"\n") + 1]
+        self._position += len(line)
+        return line
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        position = offset + (0, self._position, len(self._view))[whence]
+        if position < 0:
+            raise OSError("a position before the file's beginning")
+        self._position = position
+        return position

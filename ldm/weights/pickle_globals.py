@@ -7,8 +7,8 @@ The reader never imports or calls what a file names; this is about telling an ho
   honest checkpoint has a use for `posix.system`.
 - *Construct* (the opcode NEWOBJ, or copyreg's two helpers, which create an object without calling its
   `__init__`): everything that may be mentioned; it becomes a `Placeholder`.
-- *Call* (the opcode REDUCE): only the builders of `pickle_builders`, which are this project's own functions,
-  and the names of `INERT_CALLS`, which become a `Placeholder`. Any other call is refused.
+- *Call* (the opcode REDUCE): only what `ldm.weights.plain_values` makes values of, with functions of this
+  project, and the names of `is_inert_call`, which become a `Placeholder`. Any other call is refused.
 """
 
 import re
@@ -26,90 +26,54 @@ _MOVED = {
 }
 _MOVED_NAMES = {"builtins.unicode": "str", "builtins.long": "int", "builtins.xrange": "range"}
 
-_STANDARD_LIBRARY = frozenset(sys.stdlib_module_names) | {
-    # Removed from newer Pythons, or of Python 2, or not listed there.
-    *(
-        "asynchat",
-        "asyncore",
-        "cPickle",
-        "cStringIO",
-        "cgi",
-        "commands",
-        "crypt",
-        "distutils",
-        "exceptions",
-        "imp",
-    ),
-    *("nis", "os2", "pipes", "popen2", "smtpd", "StringIO", "telnetlib", "test", "_distutils_hack"),
-    *("UserDict", "UserList", "UserString", "__builtin__", "copy_reg"),
-}
+# Removed from newer Pythons, or of Python 2, or not listed by `sys`.
+_OLDER_STANDARD_LIBRARY = """
+    asynchat asyncore cPickle cStringIO cgi commands crypt distutils exceptions imp nis os2 pipes popen2 smtpd
+    StringIO telnetlib test _distutils_hack UserDict UserList UserString __builtin__ copy_reg
+"""
+_STANDARD_LIBRARY = frozenset(sys.stdlib_module_names) | frozenset(_OLDER_STANDARD_LIBRARY.split())
 
-STANDARD_DATA: dict[str, tuple[str, ...]] = {
-    "builtins": (
-        *(
-            "bool",
-            "bytearray",
-            "bytes",
-            "complex",
-            "dict",
-            "float",
-            "frozenset",
-            "int",
-            "list",
-            "object",
-            "range",
-        ),
-        *("set", "slice", "str", "tuple", "type", "Ellipsis", "NoneType", "NotImplemented"),
-    ),
-    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
-    "collections.abc": ("Callable", "Iterable", "Mapping", "MutableMapping", "MutableSequence", "Sequence"),
-    "_codecs": ("encode",),
-    "copyreg": ("_reconstructor", "__newobj__"),
-    "argparse": ("Namespace",),
-    "types": ("SimpleNamespace", "NoneType"),
-    "pathlib": ("Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
-    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
-    "decimal": ("Decimal",),
-    "fractions": ("Fraction",),
-    "uuid": ("UUID", "SafeUUID"),
-    "functools": ("partial",),
-    "operator": ("getitem",),  # how `typing.Dict[str, int]` is stored
-    "typing": (
-        "Any",
-        "Dict",
-        "FrozenSet",
-        "List",
-        "Literal",
-        "Mapping",
-        "Optional",
-        "Sequence",
-        "Set",
-        "Tuple",
-        "Union",
-    ),
-    "dataclasses": ("_MISSING_TYPE", "_HAS_DEFAULT_FACTORY_CLASS"),
-    "inspect": ("_empty",),
-}
+_STANDARD_DATA = """
+    builtins: bool bytearray bytes complex dict float frozenset int list object range set slice str tuple type
+    builtins: Ellipsis NoneType NotImplemented
+    collections: Counter OrderedDict defaultdict deque
+    collections.abc: Callable Iterable Mapping MutableMapping MutableSequence Sequence
+    _codecs: encode
+    copyreg: _reconstructor __newobj__
+    argparse: Namespace
+    types: SimpleNamespace NoneType
+    pathlib: Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath
+    datetime: date datetime time timedelta timezone
+    decimal: Decimal
+    fractions: Fraction
+    uuid: UUID SafeUUID
+    functools: partial
+    operator: getitem
+    typing: Any Dict FrozenSet List Literal Mapping Optional Sequence Set Tuple Union
+    dataclasses: _MISSING_TYPE _HAS_DEFAULT_FACTORY_CLASS
+    inspect: _empty
+"""
+# `operator.getitem` is how `typing.Dict[str, int]` is stored.
+STANDARD_DATA = frozenset(
+    GlobalName(module.strip(), name)
+    for module, _, names in (line.partition(":") for line in _STANDARD_DATA.split("\n"))
+    for name in names.split()
+)
 
-INERT_CALLS: dict[str, str] = {
-    r"pathlib\.\w*Path": "a path, from its parts",
-    r"datetime\.\w+": "a date or a duration, from numbers",
-    r"decimal\.Decimal|fractions\.Fraction": "a number, from text",
-    r"uuid\.(UUID|SafeUUID)": "an identifier",
-    r"types\.SimpleNamespace|argparse\.Namespace": "hyperparameters",
-    r"functools\.partial": "a function with arguments bound; binding does not call it",
-    r"numpy\.dtype": "an element type",
-    r"numpy\.random\._pickle\.__(randomstate|generator|bit_generator)_ctor": "a random generator",
-    r"torch\.serialization\._get_layout": "the layout of a tensor, from its name",
-    r"torch\.torch_version\.TorchVersion": "a version, from text",
-}
-
+# Paths, dates, numbers, identifiers, hyperparameters, types, layouts and versions, from plain values; a
+# function with arguments bound (binding does not call it); the state of a random generator.
+_INERT_CALLS = r"""
+    pathlib\.\w*Path  datetime\.\w+  decimal\.Decimal  fractions\.Fraction  uuid\.(UUID|SafeUUID)
+    types\.SimpleNamespace  argparse\.Namespace  functools\.partial  numpy\.dtype
+    numpy\.random\._pickle\.__(randomstate|generator|bit_generator)_ctor
+    torch\.serialization\._get_layout  torch\.torch_version\.TorchVersion
+"""
+_INERT = re.compile("|".join(_INERT_CALLS.split()))
 # Enum members are stored as a call of the class with the member's value.
 _ENUMS = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|lightning_lite|omegaconf|torch\.optim)"
     r"(\.[a-z_]\w*)*(\.[A-Z]\w*)+"
 )
-_INERT = re.compile("|".join(f"(?:{pattern})" for pattern in INERT_CALLS))
 
 _ON_THE_CPU = "tensors of this device are not read; save them on the CPU"
 UNSUPPORTED_CALLS: dict[str, str] = {
@@ -136,7 +100,7 @@ def may_mention(name: GlobalName) -> bool:
     """Whether an honest checkpoint can hold this name at all."""
     root = name.module.partition(".")[0]
     if root in _STANDARD_LIBRARY:
-        return name.name in STANDARD_DATA.get(name.module, ())
+        return name in STANDARD_DATA
     *outer, last = name.name.split(".")
     # `torch.serialization` + `os.system` is os.system by another road; so is anything through a dunder.
     through = [*name.module.split(".")[1:], *outer]
@@ -145,9 +109,7 @@ def may_mention(name: GlobalName) -> bool:
 
 
 def is_inert_call(name: GlobalName, arguments: tuple) -> bool:
-    """Whether a call of this name stores data (see `INERT_CALLS`), so that a placeholder can stand for it."""
-    if str(name) == "operator.getitem":
-        return bool(arguments) and isinstance(arguments[0], GlobalName) and arguments[0].module == "typing"
+    """Whether a call of this name only stores data, so that a placeholder can stand for it."""
     if _ENUMS.fullmatch(str(name)):
         return len(arguments) == 1 and type(arguments[0]) in (str, int)
     return bool(_INERT.fullmatch(str(name)))

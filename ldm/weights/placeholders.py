@@ -1,9 +1,7 @@
-"""Inert stand-ins for what a pickle names and this reader does not build."""
+"""What stands in a result for what a pickle names and this reader does not build."""
 
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,6 @@ class Placeholder:
 
     def __repr__(self) -> str:  # short on purpose: the state may be huge or refer to itself
         return f"<Placeholder for {self.kind}>"
-
-
-@dataclass(frozen=True, eq=False)
-class StoredStorage:
-    """The memory of one or more tensors, as the file names it."""
-
-    untyped: torch.UntypedStorage
-    dtype: torch.dtype
 
 
 def name_of(value: Any) -> str:

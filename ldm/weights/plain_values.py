@@ -1,142 +1,135 @@
-"""Placeholders of well-known data classes turned back into plain values: dicts, lists, text, numbers, arrays.
+"""Values out of what a pickle describes, each made once: what was shared stays shared, and loops end."""
 
-Recovered: OmegaConf's containers and nodes (interpolations stay text), `argparse.Namespace` and its like
-(dict), Lightning's AttributeDict (dict), paths and versions (text), numpy arrays and scalars of numbers,
-bools and text (arrays are read-only). Everything else stays a `Placeholder`.
-"""
-
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
+import torch
 
-from ldm.weights.errors import CorruptCheckpoint
+from ldm.weights.budget import Budget
 from ldm.weights.placeholders import GlobalName, Placeholder
+from ldm.weights.recovered_objects import recovery_of
+from ldm.weights.tensors import DTYPES, REBUILD, Storage, storage_dtype
+from ldm.weights.unpickle import Described, Name, StoredStorage
+
+# (key, type of the elements, number of elements, (key of a view, its offset, its size) or None) -> memory
+StorageLoader = Callable[[str, torch.dtype, int, Any], torch.UntypedStorage]
 
 _MAX_DEPTH = 100
-_MAX_PATH = 4096
-_OMEGACONF = re.compile(r"omegaconf\.(\w+\.)*(DictConfig|ListConfig|\w+Node)")
-_NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")
-_MAPPINGS = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|easydict)\.(\w+\.)*(AttributeDict|EasyDict)"
-)
-_DTYPE = re.compile(r"([biufc])(1|2|4|8|16)|([SU])(\d{1,5})|\?")
+_MAX_KEY_DEPTH = 4
+_HASHABLE = str | bytes | int | float | complex | frozenset | torch.Tensor | Placeholder
 
 
-class Plain:
-    """Recovers plain values in a whole tree, each once, so that shared ones stay shared and loops end."""
+class PlainValues:
+    """Recovers tensors, containers, numbers, text and arrays (see `ldm.weights.recovered_objects`).
 
-    def __init__(self, where: str):
-        self.where = where
-        self._done: dict[int, Any] = {}
-        self._keep: list[Any] = []  # an id is only good for as long as its object lives
+    Every other object becomes a `Placeholder`, every other name a `GlobalName`.
+    """
 
-    def __call__(self, value: Any, depth: int = 0) -> Any:
-        """`value` with every recoverable placeholder in its containers replaced; containers are copied."""
-        if not isinstance(value, dict | list | tuple | Placeholder):
+    def __init__(self, budget: Budget, load_storage: StorageLoader):
+        self.budget = budget
+        self._load_storage = load_storage
+        self._done: dict[int, tuple[Any, Any]] = {}
+        self._unfilled: list[tuple[Placeholder, Described]] = []
+        self._depth = 0
+
+    def recover(self, root: Any) -> Any:
+        """The values of a whole description.
+
+        Raises:
+            CheckpointError: damaged, absurd or refused, as in `describe`.
+        """
+        with self.budget.blamed_on_the_file():
+            value = self(root)
+            while self._unfilled:  # no recursion: objects refer to one another without end
+                placeholder, described = self._unfilled.pop()
+                placeholder.arguments = tuple(map(self, described.arguments))
+                placeholder.state = self(described.state)
+                placeholder.items = self(described.items)
+                placeholder.mapping = self(described.mapping)
             return value
-        if depth > _MAX_DEPTH:
-            raise CorruptCheckpoint(
-                self.where, f"the pickle inside nests containers more than {_MAX_DEPTH} deep"
-            )
-        if id(value) in self._done:
-            return self._done[id(value)]
-        self._keep.append(value)
-        self._done[id(value)] = value  # what a tuple or a placeholder that contains itself sees
-        if isinstance(value, dict):
-            result = self._done[id(value)] = {}
-            result.update((self._key(key), self(item, depth + 1)) for key, item in value.items())
-        elif isinstance(value, list):
-            result = self._done[id(value)] = []
-            result.extend(self(item, depth + 1) for item in value)
-        elif isinstance(value, tuple):
-            result = self._done[id(value)] = tuple(self(item, depth + 1) for item in value)
-        else:
-            result = self._done[id(value)] = self._placeholder(value, depth)
+
+    def __call__(self, value: Any) -> Any:
+        """The value of one part of the description."""
+        if isinstance(value, Name):
+            dtype = DTYPES.get(value.full.name) if value.full.module == "torch" else None
+            return value.full if dtype is None else dtype
+        if isinstance(value, str) and not value.isascii():
+            return self._remembered(value, self._text)
+        if isinstance(value, Described):
+            return self._remembered(value, self._object)
+        if isinstance(value, dict | list | tuple | set | frozenset):
+            return self._remembered(value, self._container)
+        return value
+
+    def key(self, value: Any, depth: int = 0) -> Any:
+        """The value of a dictionary's key or a set's element: only what is quickly hashed is recovered."""
+        if isinstance(value, tuple):
+            if depth == _MAX_KEY_DEPTH:
+                raise self.budget.damaged("a dictionary key that is a deep nest of tuples")
+            self.budget.spend(len(value))
+            return tuple(self.key(part, depth + 1) for part in value)
+        plain = self(value)
+        if isinstance(value, Described) and not isinstance(plain, _HASHABLE):
+            return self._placeholder(value)
+        return plain
+
+    def fill(self, owner: Any, pairs: Iterable[tuple[Any, Any]]) -> dict:
+        """A dict in the place of `owner`, which may be inside of it."""
+        result = self._becomes(owner, {})
+        for key, value in pairs:
+            result[self.key(key)] = self(value)
         return result
 
-    def _key(self, key: Any) -> Any:
-        """A dictionary's key: recovered only into something that can still be one."""
-        plain = self(key) if isinstance(key, Placeholder) else key
-        return plain if isinstance(plain, str | bytes | int | float | complex) else key
+    def encode(self, text: str, encoding: str) -> bytes:
+        self.budget.spend_bytes(len(text))
+        return text.encode(encoding, "surrogateescape")
 
-    def _placeholder(self, value: Placeholder, depth: int) -> Any:
-        name = str(value.kind)
-        state = value.state if isinstance(value.state, dict) else {}
-        if name in _NAMESPACES and not value.arguments:
-            return self(state, depth + 1)
-        if _MAPPINGS.fullmatch(name):
-            return self(value.mapping, depth + 1)
-        if _OMEGACONF.fullmatch(name) and ("_content" in state or "_val" in state):
-            return self(state["_content"] if "_content" in state else state["_val"], depth + 1)
-        recover = _RECOVER.get(name)
-        result = recover(value) if recover else None
-        return value if result is None else result
+    def _becomes(self, value: Any, result: Any) -> Any:
+        self._done[id(value)] = value, result  # an id is good for as long as its object lives
+        return result
 
+    def _remembered(self, value: Any, recover: Callable[[Any], Any]) -> Any:
+        if id(value) not in self._done:
+            if self._depth > _MAX_DEPTH:
+                raise self.budget.damaged(f"containers more than {_MAX_DEPTH} deep")
+            self._depth += 1
+            self._becomes(value, recover(value))
+            self._depth -= 1
+        return self._done[id(value)][1]
 
-def _path(value: Placeholder) -> str | None:
-    if not value.arguments or not all(isinstance(part, str) for part in value.arguments):
-        return None
-    if sum(map(len, value.arguments)) > _MAX_PATH:
-        return None
-    first, *rest = value.arguments
-    return first.rstrip("/") + "".join(f"/{part}" for part in rest) if rest else first
+    def _text(self, value: str) -> str | bytes:
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # bytes of Python 2 that are no text, see `ldm.weights.unpickle`
+            return self.encode(value, "utf-8")
+        return value
 
+    def _container(self, value: dict | list | tuple | set | frozenset) -> Any:
+        if isinstance(value, dict):
+            return self.fill(value, value.items())
+        if isinstance(value, list):
+            result = self._becomes(value, [])
+            result.extend(map(self, value))
+            return result
+        if isinstance(value, tuple):
+            self._becomes(value, GlobalName("builtins", "tuple"))  # what it sees if it contains itself
+            return tuple(map(self, value))
+        return type(value)(map(self.key, value))
 
-def _version(value: Placeholder) -> str | None:
-    return value.arguments[0] if value.arguments and isinstance(value.arguments[0], str) else None
+    def _object(self, value: Described) -> Any:
+        if isinstance(value, StoredStorage):
+            key, count, view = value.arguments
+            dtype = storage_dtype(value.kind, self.budget.where)
+            return Storage(self._load_storage(key, dtype, count, view), dtype)
+        self._becomes(value, value.kind)  # what it sees if it contains itself
+        if str(value.kind) in REBUILD:
+            return REBUILD[str(value.kind)](self.budget, *map(self, value.arguments))
+        recover = recovery_of(value)
+        result = value if recover is None else recover(self, value)
+        return self._placeholder(value) if result is value else result
 
-
-def _dtype(value: Any) -> np.dtype | None:
-    """A numpy type of numbers, bools or text from its placeholder; None for objects, records and the like."""
-    if (
-        not isinstance(value, Placeholder)
-        or value.kind != GlobalName("numpy", "dtype")
-        or not value.arguments
-    ):
-        return None
-    code = value.arguments[0]
-    if not isinstance(code, str) or not _DTYPE.fullmatch(code):
-        return None
-    order = value.state[1] if isinstance(value.state, tuple) and len(value.state) > 1 else "="
-    try:
-        return np.dtype((order if order in ("<", ">", "=", "|") else "=") + code)
-    except TypeError:  # "f1", say
-        return None
-
-
-def _array(value: Placeholder) -> np.ndarray | None:
-    if not isinstance(value.state, tuple) or len(value.state) != 5:
-        return None
-    _version, shape, dtype, fortran, data = value.state
-    dtype = _dtype(dtype)
-    if dtype is None or not isinstance(data, bytes) or not isinstance(shape, tuple) or len(shape) > 32:
-        return None
-    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        return None
-    count = 1
-    for size in shape:
-        count *= size
-    if count * dtype.itemsize != len(data) or not data:
-        return np.zeros(shape, dtype) if not data and count == 0 and max(shape) < 2**31 else None
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-
-
-def _scalar(value: Placeholder) -> Any:
-    if len(value.arguments) != 2 or not isinstance(value.arguments[1], bytes):
-        return None
-    dtype = _dtype(value.arguments[0])
-    if dtype is None or dtype.itemsize != len(value.arguments[1]) or not value.arguments[1]:
-        return None
-    return np.frombuffer(value.arguments[1], dtype)[0].item()
-
-
-_RECOVER: dict[str, Callable[[Placeholder], Any]] = {
-    **{
-        f"pathlib.{kind}": _path for kind in ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath")
-    },
-    "torch.torch_version.TorchVersion": _version,
-    "numpy.ndarray": _array,
-    "numpy.scalar": _scalar,
-}
+    def _placeholder(self, value: Described) -> Placeholder:
+        """A placeholder, to be filled when everything that is not inside of one is done."""
+        placeholder = Placeholder(value.kind)
+        self._unfilled.append((placeholder, value))
+        return placeholder

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ldm.weights.mapped import MappedFile
 from ldm.weights.placeholders import name_of
 from ldm.weights.safetensors_files import MAX_HEADER, read_safetensors
 from ldm.weights.torch_files import read_legacy, read_zip
+from ldm.wording import did_you_mean, some
 
 # Where training frameworks put the weights, in the order in which they are looked for.
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module", "params")
@@ -25,24 +25,23 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.(safete
 _MAX_INDEX = 64 * 2**20
 
 # Beginnings of things that are no weights but often lie where weights are expected.
-_FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (
-        b"version https://git-lfs",
-        "is a git-lfs pointer, not the weights: run `git lfs pull` in its repository",
-    ),
-    (b"/annex/objects/", "is a git-annex pointer, not the weights: run `git annex get` in its repository"),
-    (b"../.git/annex/", "is a git-annex pointer, not the weights: run `git annex get` in its repository"),
-    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
-    (b"BZh", "is compressed with bzip2: unpack it first"),
-    (b"\xfd7zXZ\x00", "is compressed with xz: unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it first"),
-    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it first"),
-    (b"Rar!", "is a RAR archive: unpack it first"),
-    (b"\x89HDF", "is an HDF5 file (Keras or TensorFlow), not of torch"),
-    (b"\x93NUMPY", "is a numpy array, not of torch"),
-    (b"GGUF", "is a GGUF file, not of torch"),
-    (b"PK\x05\x06", "is an empty zip archive"),
-)
+_ANNEX = "a git-annex pointer, not the weights: run `git annex get` in its repository"
+_FOREIGN = {
+    b"version https://git-lfs": "a git-lfs pointer, not the weights: run `git lfs pull` in its repository",
+    b"/annex/objects/": _ANNEX,
+    b"../.git/annex/": _ANNEX,
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+    b"BZh": "compressed with bzip2: unpack it first",
+    b"\xfd7zXZ\x00": "compressed with xz: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
+    b"Rar!": "a RAR archive: unpack it first",
+    b"\x89HDF": "an HDF5 file (Keras or TensorFlow), not of torch",
+    b"\x93NUMPY": "a numpy array, not of torch",
+    b"GGUF": "a GGUF file, not of torch",
+    b"PK\x05\x06": "an empty zip archive",
+}
+_PICKLES = tuple(b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5))
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def read_weights(
     1.6), and both kinds in shards, given their `*.index.json`. On the CPU, tensors are pages of the file that
     are read when used, so a file costs no memory of its own; "meta" reads shapes and types only.
 
-    A pickle's tensors and plain containers are built by this project's own unpickler. Objects of foreign
+    A pickle's tensors and plain containers are built by this project's own functions. Objects of foreign
     classes become inert `Placeholder`s; OmegaConf's containers, namespaces, paths and numpy's arrays and
     numbers become plain values. Whatever would run code is refused (see `ldm.weights.pickle_globals` for
     the exact line).
@@ -117,23 +116,18 @@ def read_pickled(path: str | Path, *, inert: Sequence[str] = ()) -> Any:
     path = Path(path)
     _check_exists(path)
     file = MappedFile(path)
-    kind = _kind(file)
-    if kind == "safetensors":
-        raise CheckpointError(file.where, "is a .safetensors file, not one of torch.save")
-    return _read_object(file, kind, torch.device("cpu"), inert)
+    return _read_object(file, _kind(file), torch.device("cpu"), inert)
 
 
 def _check_exists(path: Path) -> None:
+    beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
     if path.is_dir():
-        names = sorted(p.name for p in path.iterdir() if p.is_file())
+        names = sorted(inside.name for inside in path.iterdir() if inside.is_file())
         raise CheckpointError(
-            str(path), f"is a folder; give one of its files: {', '.join(names[:8]) or 'it has none'}"
+            str(path), f"is a folder; give one of its files: {some(names, 8) or 'it has none'}"
         )
     if not path.exists():
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = get_close_matches(path.name, beside, n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise FileNotFoundError(f"{path} does not exist{hint}")
+        raise FileNotFoundError(f"{path} does not exist{did_you_mean(path.name, beside)}")
     if not path.is_file():
         raise CheckpointError(str(path), "is no regular file")
 
@@ -141,16 +135,16 @@ def _check_exists(path: Path) -> None:
 def _read_file(path: Path, device: torch.device, key: str | None, inert: Sequence[str]) -> Weights:
     file = MappedFile(path)
     kind = _kind(file)
-    if kind == "safetensors":
-        if key is not None:
-            raise CheckpointError(
-                file.where, f"is a .safetensors file, which has no entry {key!r}, only tensors"
-            )
+    if kind == "safetensors" and key is None:
         return Weights(*read_safetensors(file, device))
     return _state_dict(_read_object(file, kind, device, inert), key, file.where)
 
 
 def _read_object(file: MappedFile, kind: str, device: torch.device, inert: Sequence[str]) -> Any:
+    if kind == "safetensors":
+        raise CheckpointError(
+            file.where, "is a .safetensors file, which holds tensors only and has no entries"
+        )
     return read_zip(file, device, inert) if kind == "zip" else read_legacy(file, device, inert)
 
 
@@ -161,27 +155,20 @@ def _kind(file: MappedFile) -> str:
     header_length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header_length <= MAX_HEADER:
         return "safetensors"
-    for beginning, what in _FOREIGN:
-        if head.startswith(beginning):
-            raise UnsupportedCheckpoint(file.where, what)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text.startswith(b"<"):
-        raise UnsupportedCheckpoint(
-            file.where,
-            "is a web page (HTML or XML), not the weights: the download led to an error or a login",
-        )
-    if text.startswith((b"{", b"[")):
-        start = head[:80].decode("utf-8", "replace")
-        raise UnsupportedCheckpoint(file.where, f"is text (JSON), not the weights: {start!r}")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
-    if head[257:262] == b"ustar":
-        raise UnsupportedCheckpoint(
-            file.where,
-            "is a tar archive: unpack it or, if torch before 0.1.10 wrote it, save it again with another",
-        )
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    if head.startswith(_PICKLES):
         return "legacy"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    what = next((what for beginning, what in _FOREIGN.items() if head.startswith(beginning)), None)
+    if text.startswith(b"<"):
+        what = "a web page (HTML or XML), not the weights: the download led to an error or a login"
+    elif text.startswith((b"{", b"[")):
+        what = f"text (JSON), not the weights: {head[:80].decode('utf-8', 'replace')!r}"
+    elif head[257:262] == b"ustar":
+        what = "a tar archive: unpack it or, if torch before 0.1.10 wrote it, save it again with another"
+    if what:
+        raise UnsupportedCheckpoint(file.where, f"is {what}")
     if head[8:9] == b"{" or (file.size < 9 and file.where.endswith(".safetensors")):
         return "safetensors"  # with an impossible header, which its reader explains
     if not any(head):
@@ -194,9 +181,8 @@ def _kind(file: MappedFile) -> str:
 def _state_dict(content: Any, key: str | None, where: str) -> Weights:
     """Split what was pickled into the tensors of the state dict and everything else."""
     if not isinstance(content, dict):
-        what = (
-            f"a tensor of shape {tuple(content.shape)}" if isinstance(content, Tensor) else name_of(content)
-        )
+        shape = f"a tensor of shape {tuple(content.shape)}" if isinstance(content, Tensor) else None
+        what = shape or name_of(content)
         raise CheckpointError(where, f"holds {what}, no dict of named weights; save a module's state_dict()")
     if key is None:
         key = next((known for known in STATE_DICT_KEYS if _holds_tensors(content.get(known))), None)
@@ -208,11 +194,9 @@ def _state_dict(content: Any, key: str | None, where: str) -> Weights:
         found = ", ".join(_label(k) for k in list(content)[:12]) or "nothing"
         raise CheckpointError(where, f"has no weights, neither as they are nor under {_KEYS}; it has {found}")
     tensors = {name: value for name, value in inside.items() if isinstance(value, Tensor)}
-    for name in tensors:
-        if not isinstance(name, str):
-            raise CheckpointError(
-                where, f"has a tensor under a key that is no text, but a {type(name).__name__}"
-            )
+    odd = [name_of(name) for name in tensors if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(where, f"has a tensor under a key that is no text, but a {odd[0]}")
     rest = {name: value for name, value in inside.items() if not isinstance(value, Tensor)}
     if key is None:
         return Weights(tensors, {}, rest)
@@ -243,22 +227,20 @@ def _read_shards(path: Path, device: torch.device, key: str | None, inert: Seque
             raise CorruptCheckpoint(
                 str(path), f"the shard of {name!r} is {shard!r:.80}, which is no plain file name"
             )
-    missing = sorted({shard for shard in placed.values() if not (path.parent / shard).is_file()})
+    names = sorted(set(placed.values()))
+    missing = [shard for shard in names if not (path.parent / shard).is_file()]
     if missing:
         raise CorruptCheckpoint(str(path), f"these shards are not beside the index: {', '.join(missing)}")
-    shards = {
-        shard: _read_file(path.parent / shard, device, key, inert) for shard in sorted(set(placed.values()))
-    }
+    shards = {shard: _read_file(path.parent / shard, device, key, inert) for shard in names}
     lost = [f"{name} (in {shard})" for name, shard in placed.items() if name not in shards[shard].tensors]
+    if lost:
+        raise CorruptCheckpoint(str(path), f"the index names tensors that its shards lack: {some(lost, 8)}")
     stray = [name for weights in shards.values() for name in weights.tensors if name not in placed]
-    if lost or stray:
-        what = f"names {len(lost)} tensors that its shards do not have: {', '.join(lost[:8])}" if lost else ""
-        more = f"does not name {len(stray)} tensors of its shards: {', '.join(stray[:8])}" if stray else ""
-        raise CorruptCheckpoint(str(path), f"the index {' and '.join(filter(None, (what, more)))}")
+    if stray:
+        raise CorruptCheckpoint(str(path), f"the index does not name tensors of its shards: {some(stray, 8)}")
     metadata = index.get("metadata")
-    extra = {shard: weights.extra for shard, weights in shards.items() if weights.extra}
     return Weights(
         {name: shards[shard].tensors[name] for name, shard in placed.items()},
         metadata if isinstance(metadata, dict) else {},
-        extra,
+        {shard: weights.extra for shard, weights in shards.items() if weights.extra},
     )

@@ -1,34 +1,32 @@
 """Files of `torch.save`: the zip archive of torch 1.6 and later, and the chain of pickles before it."""
 
-from collections.abc import Callable, Sequence
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ldm.weights.budget import Budget
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.mapped import MappedFile
-from ldm.weights.plain_values import Plain
-from ldm.weights.unpickle import StorageLoader, Unpickler
-from ldm.weights.zip_directory import Member, checked_bytes, read_directory, require_stored
+from ldm.weights.placeholders import GlobalName
+from ldm.weights.plain_values import PlainValues
+from ldm.weights.recovered_objects import RECOVER
+from ldm.weights.tensors import REBUILD, storage_dtype
+from ldm.weights.unpickle import describe
+from ldm.weights.zip_members import Member, checked_bytes, read_members, require_stored
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-# A storage of the file -> the same on the device that the caller asked for.
-Mover = Callable[[torch.UntypedStorage], torch.UntypedStorage]
+_BIG_ENDIAN = "was written on a big-endian machine; save it on a usual one"
+_CALLABLES = frozenset([*REBUILD, *RECOVER])
 
 
-def mover(device: torch.device) -> Mover:
-    """Moves whole storages, so that tensors which share one still do."""
-    if device.type == "cpu":
-        return lambda storage: storage
-
-    def move(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        if device.type == "meta":
-            return torch.UntypedStorage(storage.nbytes(), device="meta")
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-        return flat.to(device).untyped_storage()
-
-    return move
+def _moved(storage: torch.UntypedStorage, device: torch.device) -> torch.UntypedStorage:
+    """A whole storage on a device, so that tensors which share one still do."""
+    if device.type == "meta":
+        return torch.UntypedStorage(storage.nbytes(), device="meta")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).to(device).untyped_storage()
 
 
 def read_zip(file: MappedFile, device: torch.device, inert: Sequence[str] = ()) -> Any:
@@ -37,33 +35,33 @@ def read_zip(file: MappedFile, device: torch.device, inert: Sequence[str] = ()) 
     Tensors are views of the mapped file. A storage's checksum is compared when a tensor uses it (not for
     "meta").
     """
-    members = read_directory(file)
+    members = read_members(file)
     root = _archive_root(file, members)
     order = members.get(f"{root}/byteorder")
     if order is not None and bytes(checked_bytes(file, order)).strip() != b"little":
-        raise UnsupportedCheckpoint(file.where, "was written on a big-endian machine; save it on a usual one")
-    move, loaded = mover(device), {}
+        raise UnsupportedCheckpoint(file.where, _BIG_ENDIAN)
+    loaded: dict[str, torch.UntypedStorage] = {}
 
     def load(key: str, dtype: torch.dtype, count: int, view: tuple | None) -> torch.UntypedStorage:
         member = members.get(f"{root}/data/{key}")
         if member is None or view is not None:
             raise CorruptCheckpoint(file.where, f"the archive has no data for the storage {key[:80]!r}")
-        require_stored(file, member)
+        require_stored(file, member.info)
+        size = member.info.file_size
         # The member is the truth about the size; the pickle may leave out a last part of an element.
-        if not 0 <= member.size - count * dtype.itemsize < dtype.itemsize:
-            raise CorruptCheckpoint(
-                file.where,
-                f"the storage {key[:80]!r} should have {count} elements of {dtype}, "
-                f"but has {member.size} bytes",
-            )
+        if not 0 <= size - count * dtype.itemsize < dtype.itemsize:
+            what = f"the storage {key[:80]!r} should have {count} elements of {dtype}, but has {size} bytes"
+            raise CorruptCheckpoint(file.where, what)
         if key not in loaded:
             if device.type != "meta":
                 checked_bytes(file, member)
-            loaded[key] = move(file.storage(member.offset, member.size))
+            loaded[key] = _moved(file.storage(member.offset, size), device)
         return loaded[key]
 
+    budget = Budget(file.where)
     data = checked_bytes(file, members[f"{root}/data.pkl"])
-    return Plain(file.where)(Unpickler(data, file.where, load, inert).load())
+    described = describe(data, budget, callables=_CALLABLES, inert=inert)
+    return PlainValues(budget, load).recover(described.root)
 
 
 def _archive_root(file: MappedFile, members: dict[str, Member]) -> str:
@@ -88,78 +86,60 @@ def _archive_root(file: MappedFile, members: dict[str, Member]) -> str:
 
 def read_legacy(file: MappedFile, device: torch.device, inert: Sequence[str] = ()) -> Any:
     """The object in a file of torch before 1.6: pickles of a magic number, a version, the machine, the object
-    and the storages' keys, then each storage as its number of elements and its data.
+    and the storages' keys, then each storage as its number of elements and its data."""
+    budget = Budget(file.where)
+    described = describe(file.view, budget, _legacy_header(file, budget), callables=_CALLABLES, inert=inert)
+    keys = describe(file.view, budget, described.end)
+    storages = _legacy_storages(file, keys.root, keys.end, described.storages, device)
 
-    The object comes before the data, so it is read twice: first with storages that have no memory, to learn
-    their types, then with the storages found behind it.
-    """
-    start = _legacy_header(file)
-    types: dict[str, tuple[torch.dtype, int]] = {}
-
-    def note(key: str, dtype: torch.dtype, count: int, view: tuple | None) -> torch.UntypedStorage:
-        if count * dtype.itemsize > file.size:
-            raise CorruptCheckpoint(
-                file.where,
-                f"the storage {key[:80]!r} should have {count} elements of {dtype}, "
-                "more than the file: truncated?",
-            )
-        if types.setdefault(key, (dtype, count)) != (dtype, count):
+    def load(key: str, dtype: torch.dtype, count: int, view: Any) -> torch.UntypedStorage:
+        storage, of_file = storages[key]
+        if of_file != (dtype, count):
             raise CorruptCheckpoint(file.where, f"the storage {key[:80]!r} has two types or sizes")
-        return _part(file, torch.UntypedStorage(count * dtype.itemsize, device="meta"), dtype, view)
+        return _part(file, storage, dtype, view)
 
-    first = Unpickler(file.view, file.where, note, inert, start)
-    first.load()
-    storages = _legacy_storages(file, first.position, types, mover(device))
-    loader = _legacy_loader(file, storages)
-    return Plain(file.where)(Unpickler(file.view, file.where, loader, inert, start).load())
+    return PlainValues(budget, load).recover(described.root)
 
 
-def _legacy_header(file: MappedFile) -> int:
+def _legacy_header(file: MappedFile, budget: Budget) -> int:
     """The position of the object, behind the magic number, the version and the machine."""
-    reader = Unpickler(file.view, file.where)
-    if reader.load() != LEGACY_MAGIC:
+    magic = describe(file.view, budget)
+    if magic.root != LEGACY_MAGIC:
         raise UnsupportedCheckpoint(
             file.where, "is a pickle, but not of torch.save; its tensors cannot be read safely"
         )
-    version, machine = reader.load(), reader.load()
-    if version != _LEGACY_PROTOCOL or not isinstance(machine, dict):
+    version = describe(file.view, budget, magic.end)
+    machine = describe(file.view, budget, version.end)
+    if version.root != _LEGACY_PROTOCOL or not isinstance(machine.root, dict):
         raise CorruptCheckpoint(
             file.where, "begins like a file of torch before 1.6, but does not go on like one"
         )
-    if machine.get("little_endian") is not True:
-        raise UnsupportedCheckpoint(file.where, "was written on a big-endian machine; save it on a usual one")
-    return reader.position
+    if machine.root.get("little_endian") is not True:
+        raise UnsupportedCheckpoint(file.where, _BIG_ENDIAN)
+    return machine.end
 
 
 def _legacy_storages(
-    file: MappedFile, position: int, types: dict[str, tuple[torch.dtype, int]], move: Mover
-) -> dict[str, torch.UntypedStorage]:
-    """Key -> memory, in the order in which the file has them."""
-    reader = Unpickler(file.view, file.where, position=position)
-    keys = reader.load()
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or set(keys) != set(types):
-        raise CorruptCheckpoint(
-            file.where, "the list of storages does not fit the tensors: the file is damaged"
-        )
-    if len(keys) != len(types):
-        raise CorruptCheckpoint(file.where, "the list of storages names one twice: the file is damaged")
+    file: MappedFile, keys: Any, position: int, kinds: dict[str, tuple[GlobalName, int]], device: torch.device
+) -> dict[str, tuple[torch.UntypedStorage, tuple[torch.dtype, int]]]:
+    """Key -> memory, type and number of elements, in the order in which the file has them."""
+    of_texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not of_texts or sorted(keys) != sorted(kinds):
+        raise CorruptCheckpoint(file.where, "the list of storages does not fit the tensors")
     storages = {}
     for key in keys:
-        dtype, count = types[key]
-        if reader.number("<q") != count:
+        kind, count = kinds[key]
+        dtype = storage_dtype(kind, file.where)
+        (stored,) = struct.unpack("<q", bytes(file.view[position : position + 8]).ljust(8, b"\xff"))
+        if stored != count:
             raise CorruptCheckpoint(
-                file.where, f"the storage {key[:80]!r} has another size than its tensors say"
+                file.where,
+                f"the storage {key[:80]!r} has another size than its tensors say, or the file is truncated",
             )
-        storages[key] = move(file.storage(reader.position, count * dtype.itemsize))
-        reader.take(count * dtype.itemsize)
+        nbytes = count * dtype.itemsize
+        storages[key] = _moved(file.storage(position + 8, nbytes), device), (dtype, count)
+        position += 8 + nbytes
     return storages
-
-
-def _legacy_loader(file: MappedFile, storages: dict[str, torch.UntypedStorage]) -> StorageLoader:
-    def load(key: str, dtype: torch.dtype, count: int, view: tuple | None) -> torch.UntypedStorage:
-        return _part(file, storages[key], dtype, view)
-
-    return load
 
 
 def _part(

@@ -18,7 +18,6 @@ from ldm.checkpoints.strict import (
     ignored,
     load_strict,
 )
-from ldm.files import whole_file
 from ldm.weights.errors import CheckpointError
 from ldm.weights.reading import read_weights
 from ldm.weights.writing import write_safetensors
@@ -312,47 +311,3 @@ def test_ema_collisions_are_noticed():
         ema_names(["blocks.1.10.w", "blocks.11.0.w"])
     with pytest.raises(ValueError, match="decay"):
         ema_names(["de.cay"])
-
-
-# Writing
-
-
-def test_what_cannot_be_written_leaves_the_previous_file(tmp_path):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(b"first")
-    with pytest.raises(ValueError, match="text"):
-        write_safetensors(path, {}, {"a": 3})
-    with pytest.raises(ValueError, match="cannot be written"):
-        write_safetensors(path, {"a": torch.ones(2, device="meta")}, {})
-    assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
-
-
-def test_torch_checkpoints_through_it(tmp_path):
-    with whole_file(tmp_path / "a.ckpt") as file:
-        torch.save({"model": {"w": torch.ones(3)}}, file)
-    assert read_weights(tmp_path / "a.ckpt").tensors["w"].tolist() == [1.0] * 3
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.dictionaries(st.text(min_size=1, max_size=8), st.lists(st.integers(0, 3), max_size=4), max_size=5),
-    st.data(),
-)
-def test_same_content_gives_same_bytes_and_reads_back(tmp_path_factory, shapes, data):
-    folder = tmp_path_factory.mktemp("round")
-    dtypes = st.sampled_from(
-        (torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64, torch.complex64)
-    )
-    tensors = {}
-    for name, shape in shapes.items():
-        if not name.isprintable() or name == "__metadata__":
-            continue
-        tensors[name] = torch.randint(0, 2, shape).to(data.draw(dtypes))
-    write_safetensors(folder / "a", tensors, {"x": "1", "y": "2"})
-    back = read_weights(folder / "a")
-    assert back.metadata == {"x": "1", "y": "2"} and set(back.tensors) == set(tensors)
-    assert all(
-        torch.equal(back.tensors[n], t) and back.tensors[n].dtype == t.dtype for n, t in tensors.items()
-    )
-    write_safetensors(folder / "b", dict(reversed(back.tensors.items())), {"y": "2", "x": "1"})
-    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()

@@ -10,13 +10,10 @@ import functools
 import importlib
 import io
 import json
-import operator
-import os
 import pickle
+import pickletools
 import struct
-import subprocess
 import sys
-import time
 import typing
 import zipfile
 from pathlib import Path
@@ -25,19 +22,36 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from hostile_files import (
+    CALLS,
+    COLLECT_ENV,
+    FORMATS,
+    LIVE,
+    WRAP,
+    Call,
+    archive,
+    assert_live,
+    legacy,
+    mention,
+    opcode_attacks,
+    text,
+    torch_save,
+)
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file, save_file
 
-from ldm.weights import unpickle as unpickle_module
-from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
-from ldm.weights.placeholders import GlobalName, Placeholder
-from ldm.weights.plain_values import Plain
-from ldm.weights.reading import read_weights
-from ldm.weights.torch_files import LEGACY_MAGIC
-from ldm.weights.unpickle import Unpickler
-from ldm.weights.writing import write_safetensors
-
-FORMATS = ("zip", "legacy")
+from ldm.weights import (
+    CheckpointError,
+    CorruptCheckpoint,
+    GlobalName,
+    Placeholder,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+    budget,
+    read_pickled,
+    read_weights,
+    write_safetensors,
+)
 
 
 def every_kind_of_tensor() -> dict[str, torch.Tensor]:
@@ -58,210 +72,6 @@ def every_kind_of_tensor() -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(2.5),
         "empty": torch.zeros(0, 3),
     }
-
-
-def torch_save(content: object, path: Path, form: str) -> Path:
-    torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    return path
-
-
-def archive(path: Path, data: bytes, storages: dict[str, bytes] | None = None, method: int = 0) -> Path:
-    """An archive as torch writes it, around any pickle."""
-    with zipfile.ZipFile(path, "w", method) as file:
-        file.writestr("archive/data.pkl", data)
-        file.writestr("archive/byteorder", "little", zipfile.ZIP_STORED)
-        for key, value in (storages or {}).items():
-            file.writestr(f"archive/data/{key}", value)
-        file.writestr("archive/version", "3\n", zipfile.ZIP_STORED)
-    return path
-
-
-def legacy(path: Path, data: bytes, keys: tuple = (), storages: bytes = b"") -> Path:
-    """A file of torch before 1.6, around any pickle."""
-    machine = {
-        "protocol_version": 1001,
-        "little_endian": True,
-        "type_sizes": {"short": 2, "int": 4, "long": 4},
-    }
-    head = b"".join(pickle.dumps(part, 2) for part in (LEGACY_MAGIC, 1001, machine))
-    path.write_bytes(head + data + pickle.dumps(list(keys), 2) + storages)
-    return path
-
-
-WRAP = {"zip": archive, "legacy": legacy}
-
-
-class Call:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.parts = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self):
-        return self.parts
-
-    def __call__(self):
-        raise AssertionError("only here so that the pickler takes it for a function")
-
-
-def _text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-
-
-def _global(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
-
-
-COLLECT_ENV = _global("torch.utils.collect_env", "run")  # runs its argument in a shell
-
-
-def _torch_function(dotted: str):
-    module, _, name = dotted.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _torch_bytes(content: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
-COLLECT_ENV_RUN = _torch_function("torch.utils.collect_env.run")
-
-# Payloads that create the sentinel when Python's own unpickler reads them, by the name to be refused.
-LIVE = {
-    "posix.system": lambda s: Call(os.system, f"touch {s}"),
-    "posix.mkdir": lambda s: Call(os.mkdir, s),
-    "builtins.eval": lambda s: Call(eval, f"__import__('os').mkdir({s!r})"),
-    "builtins.exec": lambda s: Call(exec, f"open({s!r}, 'w').close()"),
-    f"{open.__module__}.open": lambda s: Call(open, s, "w"),
-    "builtins.getattr": lambda s: Call(Call(getattr, Path(s), "touch")),
-    "builtins.map": lambda s: Call(list, Call(map, os.mkdir, [s])),
-    "subprocess.check_call": lambda s: Call(subprocess.check_call, ["touch", s]),
-    "subprocess.Popen": lambda s: Call(subprocess.Popen, ["mkdir", s]),
-    "pathlib.Path.touch": lambda s: Call(Path.touch, Path(s)),
-    "operator.methodcaller": lambda s: Call(operator.methodcaller("touch"), Path(s)),
-    "functools.partial": lambda s: Call(Call(functools.partial, COLLECT_ENV_RUN, f"touch {s}")),
-    "_pickle.loads": lambda s: Call(pickle.loads, pickle.dumps(Call(os.mkdir, s))),
-    "torch.storage._load_from_bytes": lambda s: Call(
-        _torch_function("torch.storage._load_from_bytes"), _torch_bytes(Call(os.mkdir, s))
-    ),
-    "torch.serialization.save": lambda s: Call(torch.save, 0, s),
-    "torch.utils.collect_env.run": lambda s: Call(COLLECT_ENV_RUN, f"touch {s}"),
-    "torch.jit.unsupported_tensor_ops.execWrapper": lambda s: Call(
-        _torch_function("torch.jit.unsupported_tensor_ops.execWrapper"), f"open({s!r}, 'w')", {}, {}
-    ),
-    "numpy.save": lambda s: Call(np.save, s + ".npy", 0),
-    "numpy.testing._private.utils.runstring": lambda s: Call(
-        _torch_function("numpy.testing._private.utils.runstring"), f"open({s!r}, 'w')", {}
-    ),
-}
-
-# More names whose call must be refused: of the standard library, torch, numpy, and others.
-_CALLS = """
-    os.popen nt.system commands.getoutput builtins.__import__ __builtin__.eval importlib.import_module
-    marshal.loads types.FunctionType types.CodeType webbrowser.open pty.spawn runpy.run_path ctypes.CDLL
-    socket.create_connection shutil.rmtree sys.exit collections.namedtuple logging.config.fileConfig
-    code.interact timeit.timeit cProfile.run builtins.compile builtins.globals builtins.breakpoint
-    codecs.decode tempfile.NamedTemporaryFile distutils.core.run torch.load torch.hub.load
-    torch.jit.load torch.ops.load_library torch.utils.cpp_extension.load_inline torch.from_file
-    torch.nn.Linear torch.cuda.set_device torch.Tensor torch.package.PackageImporter
-    torch.distributed.launch numpy.load numpy.fromfile numpy.memmap numpy.ctypeslib.load_library
-    numpy.f2py.compile numpy.frompyfunc dill._dill._create_function cloudpickle.loads joblib.load
-    pandas.read_pickle pip.main __main__.main omegaconf.OmegaConf.load pytorch_lightning.Trainer
-    pytorch_lightning.core.saving.load_hparams_from_yaml pytorch_lightning.trainer.Trainer.fit
-    argparse.FileType copyreg.add_extension
-"""
-CALLS = _CALLS.split()
-
-
-def _opcodes(sentinel: str) -> dict[str, tuple[bytes, str, bool]]:
-    """Payloads in raw opcodes: pickle, name to be refused, whether Python's own unpickler falls for it."""
-    touch = _text(f"touch {sentinel}")
-    namespace = _global("argparse", "Namespace") + b")\x81"
-    return {
-        "protocol 0": (b"cposix\nsystem\n(V" + f"touch {sentinel}".encode() + b"\ntR.", "posix.system", True),
-        "INST": (b"(" + touch + b"iposix\nsystem\n.", "posix.system", True),
-        "INST of torch": (
-            b"(" + touch + b"itorch.utils.collect_env\nrun\n.",
-            "torch.utils.collect_env.run",
-            True,
-        ),
-        "OBJ": (b"(" + COLLECT_ENV + touch + b"o.", "torch.utils.collect_env.run", True),
-        "a name with dots": (
-            b"\x80\x04" + _text("torch.serialization") + _text("os.system") + b"\x93" + touch + b"\x85R.",
-            "torch.serialization.os.system",
-            True,
-        ),
-        "a planted __setstate__": (
-            namespace + b"}" + _text("__setstate__") + COLLECT_ENV + b"sb" + touch + b"b.",
-            "torch.utils.collect_env.run",
-            True,
-        ),
-        "a planted __setstate__ in slots": (
-            namespace + b"N}" + _text("__setstate__") + COLLECT_ENV + b"s\x86b" + touch + b"b.",
-            "torch.utils.collect_env.run",
-            True,
-        ),
-        "a call whose result is dropped": (
-            COLLECT_ENV + touch + b"\x85R0}.",
-            "torch.utils.collect_env.run",
-            True,
-        ),
-        "a call in a key": (
-            b"}(" + COLLECT_ENV + touch + b"\x85RK\x01u.",
-            "torch.utils.collect_env.run",
-            True,
-        ),
-        "NEWOBJ_EX": (
-            _global("torch.nn", "Module") + b")}" + _text("x") + touch + b"s\x92.",
-            "torch.nn.Module",
-            False,
-        ),
-        "a call through copyreg": (
-            _global("copyreg", "_reconstructor") + _global("a.b", "C") + COLLECT_ENV + touch + b"\x87R.",
-            "torch.utils.collect_env.run",
-            False,
-        ),
-        "a class made anew": (
-            _global("builtins", "type") + _text("X") + b")}\x87R.",
-            "builtins.type",
-            False,
-        ),
-        "attributes of a function": (
-            COLLECT_ENV + b"}" + _text("x") + touch + b"sb.",
-            "torch.utils.collect_env",
-            False,
-        ),
-        "items of a module": (_global("torch", "hub") + _text("x") + touch + b"s.", "torch.hub", False),
-        "state set twice": (namespace + b"}b}b.", "argparse.Namespace", False),
-        "an extension": (b"\x82\x01.", "copyreg.extension", False),
-        "a storage of a foreign type": (
-            b"(" + _text("storage") + _global("posix", "system") + _text("0") + _text("cpu") + b"K\x01tQ.",
-            "posix.system",
-            False,
-        ),
-        "a dunder": (
-            _global("foo.bar", "Baz.__init__.__globals__") + b".",
-            "foo.bar.Baz.__init__.__globals__",
-            False,
-        ),
-    }
-
-
-def assert_live(payload: bytes, sentinel: Path) -> None:
-    """The control: Python's own unpickler falls for the payload, so that refusing it means something."""
-    with contextlib.suppress(Exception):  # what comes after the attack may fail
-        pickle.loads(payload)
-    made = [path for path in (sentinel, sentinel.with_name(sentinel.name + ".npy")) if path.exists()]
-    for _ in range(100):
-        if made:
-            break
-        time.sleep(0.02)  # a process that was started
-        made = [sentinel] if sentinel.exists() else []
-    assert made, "the payload does nothing, so refusing it proves nothing"
-    for path in made:
-        path.rmdir() if path.is_dir() else path.unlink()
 
 
 @pytest.mark.parametrize("name", LIVE)
@@ -290,10 +100,10 @@ def test_calls_are_refused_by_name_and_never_made(tmp_path, name):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", _opcodes(""))
+@pytest.mark.parametrize("name", opcode_attacks(""))
 def test_opcodes_that_call_are_refused_by_name(tmp_path, name):
     sentinel = tmp_path / "sentinel"
-    payload, expected, live = _opcodes(str(sentinel))[name]
+    payload, expected, live = opcode_attacks(str(sentinel))[name]
     if live:
         assert_live(payload, sentinel)
     for form in FORMATS:
@@ -311,21 +121,19 @@ def test_calls_of_dangerous_names(tmp_path, name):
         module, _, outer = module.rpartition(".")
         function = f"{outer}.{function}"
     with pytest.raises(UnsafeCheckpoint) as refusal:
-        read_weights(archive(tmp_path / "evil.ckpt", b"}" + _text("a") + _global(module, function) + b")Rs."))
+        read_weights(archive(tmp_path / "evil.ckpt", b"}" + text("a") + mention(module, function) + b")Rs."))
     assert refusal.value.global_name == spoken
 
 
 def test_hooks_on_tensors_are_refused(tmp_path):
     hooks = b"}K\x01" + COLLECT_ENV + b"s"
-    storage = (
-        b"(" + _text("storage") + _global("torch", "FloatStorage") + _text("0") + _text("cpu") + b"K\x01tQ"
-    )
+    storage = b"(" + text("storage") + mention("torch", "FloatStorage") + text("0") + text("cpu") + b"K\x01tQ"
     tensor = (
-        _global("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00K\x01\x85K\x01\x85\x89%stR."
+        mention("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00K\x01\x85K\x01\x85\x89%stR."
     )
     for inside, refused in ((b"}", False), (hooks, True)):
         path = archive(
-            tmp_path / "h.ckpt", b"}" + _text("w") + (tensor % inside)[:-1] + b"s.", {"0": b"\0" * 4}
+            tmp_path / "h.ckpt", b"}" + text("w") + (tensor % inside)[:-1] + b"s.", {"0": b"\0" * 4}
         )
         if refused:
             with pytest.raises(UnsafeCheckpoint, match="hook `torch.utils.collect_env.run`"):
@@ -338,19 +146,14 @@ def test_storages_are_only_looked_up_in_the_file(tmp_path):
     (tmp_path / "secret").write_bytes(b"\0" * 4)
     for key in ("../../../secret", "/etc/passwd", "", "1", "../version"):
         storage = (
-            b"("
-            + _text("storage")
-            + _global("torch", "FloatStorage")
-            + _text(key)
-            + _text("cpu")
-            + b"K\x01tQ"
+            b"(" + text("storage") + mention("torch", "FloatStorage") + text(key) + text("cpu") + b"K\x01tQ"
         )
-        path = archive(tmp_path / "p.ckpt", b"}" + _text("w") + storage + b"s.", {"0": b"\0" * 4})
+        path = archive(tmp_path / "p.ckpt", b"}" + text("w") + storage + b"s.", {"0": b"\0" * 4})
         with pytest.raises(CorruptCheckpoint, match="no data for the storage"):
             read_weights(path)
-    for identity in (b"Q", b"PK\x01\n", b"K\x01Q", b")Q", _text("storage") + b"\x85Q"):
+    for identity in (b"Q", b"PK\x01\n", b"K\x01Q", b")Q", text("storage") + b"\x85Q"):
         with pytest.raises(CheckpointError):
-            read_weights(archive(tmp_path / "p.ckpt", b"}" + _text("w") + identity + b"s."))
+            read_weights(archive(tmp_path / "p.ckpt", b"}" + text("w") + identity + b"s."))
 
 
 def test_names_are_never_imported(tmp_path, monkeypatch):
@@ -359,16 +162,16 @@ def test_names_are_never_imported(tmp_path, monkeypatch):
     )
     marker = tmp_path / "importing_me_is_an_attack.py.imported"
     monkeypatch.syspath_prepend(tmp_path)
-    body = _global("importing_me_is_an_attack", "Thing") + b")\x81}" + _text("x") + b"K\x05sb."
+    body = mention("importing_me_is_an_attack", "Thing") + b")\x81}" + text("x") + b"K\x05sb."
     pickle.loads(body)
     assert marker.exists()
     marker.unlink()
     del sys.modules["importing_me_is_an_attack"]
     path = torch_save({"state_dict": {"w": torch.ones(2)}, "thing": 0}, tmp_path / "a.ckpt", "zip")
-    path = archive(tmp_path / "b.ckpt", b"}" + _text("thing") + body[:-1] + b"s.")
+    path = archive(tmp_path / "b.ckpt", b"}" + text("thing") + body[:-1] + b"s.")
     with pytest.raises(CheckpointError, match="no weights"):
         read_weights(path)
-    assert isinstance(Unpickler(body, "x").load(), Placeholder)
+    assert isinstance(read_pickled(archive(tmp_path / "b.ckpt", body)), Placeholder)
     assert not marker.exists() and "importing_me_is_an_attack" not in sys.modules
 
 
@@ -572,7 +375,7 @@ def test_other_ways_in_which_tensors_are_stored(tmp_path):
             name
         )
     for content, what in (
-        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "QInt8Storage"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
         (torch.eye(2).to_sparse(), "sparse"),
         (torch.ones(2, device="meta"), "meta"),
     ):
@@ -603,11 +406,14 @@ def test_views_in_the_oldest_files(tmp_path):
 
 
 def test_files_from_python_2(tmp_path):
-    tensor = pickle.dumps({"w": 0}, 2).replace(_text("w"), b"U\x01w")  # `str` was bytes
+    tensor = pickle.dumps({"w": 0}, 2).replace(text("w"), b"U\x01w")  # `str` was bytes
     assert b"U\x01w" in tensor
-    assert Unpickler(tensor, "x").load() == {"w": 0}
-    assert Unpickler(b"I4294967296\n.", "x").load() == 2**32  # an int that does not fit into 32 bits
-    assert Unpickler(b"U\x02\xff\x00.", "x").load() == b"\xff\x00"
+    for data, value in (
+        (tensor, {"w": 0}),
+        (b"I4294967296\n.", 2**32),  # an int that does not fit into 32 bits
+        (b"U\x02\xff\x00.", b"\xff\x00"),
+    ):
+        assert read_pickled(archive(tmp_path / "old.pt", data)) == value
 
 
 def test_tensors_are_pages_of_the_file(tmp_path):
@@ -638,7 +444,7 @@ def test_safetensors_as_the_reference_library_has_them(tmp_path):
     assert read_weights(tmp_path / "theirs.safetensors", "meta").tensors["float32"].is_meta
 
 
-def test_header_length_that_looks_like_text(tmp_path):
+def test_header_length_that_looks_liketext(tmp_path):
     """Lengths such as 0x3c20 begin with the bytes of " <", 0x7b20 with those of " {"."""
     for length in (0x3C20, 0x7B20, 0x5B20, 0x8B1F + 1):
         entry = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
@@ -814,7 +620,7 @@ def test_flipped_byte_in_a_tensor_is_noticed_by_its_checksum(tmp_path):
         read_weights(path)
 
 
-PIECES = [bytes([code]) for code in unpickle_module.OPCODES] + [
+PIECES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes] + [
     *(b"K\x01", b"X\x01\x00\x00\x00a", b"q\x00", b"h\x00", b")", b"}", b"]", b"(", b"\x85", b"N", b"Q", b"2"),
     *(
         b"ccollections\nOrderedDict\n",
@@ -833,34 +639,20 @@ PIECES = [bytes([code]) for code in unpickle_module.OPCODES] + [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=40))
-def test_random_opcodes_break_nothing(pieces):
+def test_random_opcodes_break_nothing(tmp_path, pieces):
     """Only our errors come out, and whatever is built is inert."""
-    storage = torch.UntypedStorage(16)
+    path = archive(tmp_path / "random.pt", b"".join(pieces) + b".", {"0": b"\0" * 16})
     with contextlib.suppress(CheckpointError):
-        value = Unpickler(b"".join(pieces) + b".", "x", lambda *_: storage).load()
-        assert not callable(Plain("x")(value))
+        assert not callable(read_pickled(path))
 
 
 # Bombs
 
 
-@pytest.fixture
-def little_memory():
-    """Half a GiB more than now, and no more: a bomb fails the test, not the machine."""
-    resource = pytest.importorskip("resource")
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("needs /proc")
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2**29, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
 def _storage(count: bytes, kind: str = "FloatStorage") -> bytes:
-    return b"(" + _text("storage") + _global("torch", kind) + _text("0") + _text("cpu") + count + b"tQ"
+    return b"(" + text("storage") + mention("torch", kind) + text("0") + text("cpu") + count + b"tQ"
 
 
 def _number(value: int) -> bytes:
@@ -873,7 +665,7 @@ def _tensor_pickle(offset: int, shape: tuple, stride: tuple, count: int = 4) -> 
         return b"(" + b"".join(map(_number, values)) + b"t"
 
     inside = _storage(_number(count)) + _number(offset) + numbers(shape) + numbers(stride) + b"\x89}"
-    return b"}" + _text("w") + _global("torch._utils", "_rebuild_tensor_v2") + b"(" + inside + b"tRs."
+    return b"}" + text("w") + mention("torch._utils", "_rebuild_tensor_v2") + b"(" + inside + b"tRs."
 
 
 @pytest.mark.parametrize(
@@ -941,19 +733,19 @@ PICKLE_BOMBS = {
     "a deep key": b"})" + b"\x85" * 150_000 + b"K\x01s.",
     "a bushy key": b"})" + b"\x85" + b"2\x86" * 100 + b"K\x01s.",
     "a long key": b"}(" + b"K\x00" * 1500 + b")" + b"\x85" * 50_000 + b"tK\x01s.",
-    "text as bytes": _text("x" * 10**6)
-    + _text("latin1")
+    "text as bytes": text("x" * 10**6)
+    + text("latin1")
     + b"\x86q\x000]"
-    + (b"(" + _global("_codecs", "encode") + b"h\x00Re") * 3000
+    + (b"(" + mention("_codecs", "encode") + b"h\x00Re") * 3000
     + b".",
     "copies of a list": b"("
     + b"N" * 50_000
     + b"l\x85q\x000]("
-    + (_global("builtins", "set") + b"h\x00R") * 3000
+    + (mention("builtins", "set") + b"h\x00R") * 3000
     + b"e.",
-    "zeros": _global("builtins", "bytearray") + _number(2**40) + b"\x85R.",
+    "zeros": mention("builtins", "bytearray") + _number(2**40) + b"\x85R.",
     "a memo": b"Nr\xff\xff\xff\xffj\xff\xff\xff\xff0",
-    "a name": b"\x80\x04" + _text("a" * 2000) + _text("b") + b"\x93.",
+    "a name": b"\x80\x04" + text("a" * 2000) + text("b") + b"\x93.",
     "digits": b"I" + b"1" * 10_000 + b"\n.",
 }
 
@@ -961,7 +753,7 @@ PICKLE_BOMBS = {
 @pytest.mark.parametrize("name", PICKLE_BOMBS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_pickle_bombs(tmp_path, little_memory, monkeypatch, form, name):
-    monkeypatch.setattr(unpickle_module, "MAX_STEPS", 250_000)
+    monkeypatch.setattr(budget, "MAX_STEPS", 250_000)
     with pytest.raises(CorruptCheckpoint):
         read_weights(WRAP[form](tmp_path / "bomb.pt", PICKLE_BOMBS[name]))
 
@@ -1006,9 +798,8 @@ def test_zip_bombs(tmp_path, little_memory):
     broken(patched(entries[0] + 20, "<II", 6, 7), "compressed")
     first_offset = struct.unpack_from("<I", good, entries[2] + 42)[0]
     broken(patched(entries[3] + 42, "<I", first_offset), "is not where|overlaps")
-    broken(patched(entries[3] + 42, "<I", 2**32 - 2), "outside")
-    broken(patched(end + 8, "<HH", 65535, 65535), "damaged|outside")
-    broken(patched(end + 12, "<I", 2**31), "not where")
+    broken(patched(entries[3] + 42, "<I", 2**32 - 2), "is not where")
+    broken(patched(end + 12, "<I", 2**31), "damaged")
     broken(patched(entries[0] + 8, "<H", 1), "encrypted")
     twice = io.BytesIO()
     with zipfile.ZipFile(twice, "w") as file, pytest.warns(UserWarning, match="Duplicate"):
@@ -1018,7 +809,9 @@ def test_zip_bombs(tmp_path, little_memory):
     huge = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, 2**50, 2**50, 0, 0)
     locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, 0, 1)
     record = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, 65535, 65535, 2**32 - 1, 2**32 - 1, 0)
-    broken(b"PK\x03\x04" + huge + locator + record, "damaged|not where")
+    (tmp_path / "bad.pt").write_bytes(b"PK\x03\x04" + huge + locator + record)
+    with pytest.raises(CheckpointError, match="has no data.pkl"):
+        read_weights(tmp_path / "bad.pt")
 
 
 def test_zip64_archives(tmp_path, monkeypatch):
@@ -1043,35 +836,37 @@ def _tensor_entry(shape: list, begin: int, end: int, dtype: str = "F32") -> dict
 
 
 @pytest.mark.parametrize(
-    "content, what",
+    "content",
     [
-        (struct.pack("<Q", 2**60) + b"{" + b" " * 50, "header claims"),
-        (struct.pack("<Q", 99_000_000) + b"{" + b" " * 50, "truncated"),
-        (_header({"a": _tensor_entry([4], 0, 16)}, b"\0" * 15), "truncated"),
-        (_header({"a": _tensor_entry([4], 0, 16)}, b"\0" * 17), "behind the tensors"),
-        (_header({"a": _tensor_entry([2**40, 2**40], 0, 16)}), "impossible shape"),
-        (_header({"a": _tensor_entry([-4], 0, 16)}), "impossible shape"),
-        (_header({"a": _tensor_entry([4.0], 0, 16)}), "impossible shape"),
-        (_header({"a": _tensor_entry([2**40], 0, 2**42)}), "truncated"),
-        (_header({"a": _tensor_entry([5], 0, 16)}), "needs 20 bytes"),
-        (_header({"a": _tensor_entry([4], 0, 16), "b": _tensor_entry([4], 0, 16)}), "overlaps"),
-        (_header({"a": _tensor_entry([1], 0, 4), "b": _tensor_entry([2], 8, 16)}), "gap"),
-        (_header({"a": _tensor_entry([4], 16, 0)}), "impossible bytes"),
-        (_header({"a": _tensor_entry([4], 0, 16, "F33")}), "F33"),
-        (_header({"a": _tensor_entry([4], 0, 16, [])}), r"\[\]"),
-        (_header({"a": {"dtype": "F32"}}), "too little"),
-        (_header({"a": 3}), "too little"),
-        (_header({"__metadata__": {"a": 3}}, b""), "metadata"),
-        (_header(b'{"a": 1, "a": 2}'), "twice"),
-        (_header(b"{" + b'"a":[' * 50_000), "header is damaged"),
-        (_header(b'{"a": \xff\xff}'), "header is damaged"),
-        (_header(b'{"a": ' + b"1" * 10_000 + b"}"), "header is damaged"),
+        struct.pack("<Q", 2**60) + b"{" + b" " * 50,
+        struct.pack("<Q", 99_000_000) + b"{" + b" " * 50,
+        _header({"a": _tensor_entry([4], 0, 16)}, b"\0" * 15),
+        _header({"a": _tensor_entry([4], 0, 16)}, b"\0" * 17),
+        _header({"a": _tensor_entry([2**40, 2**40], 0, 16)}),
+        _header({"a": _tensor_entry([-4], 0, 16)}),
+        _header({"a": _tensor_entry([4.0], 0, 16)}),
+        _header({"a": _tensor_entry([2**40], 0, 2**42)}),
+        _header({"a": _tensor_entry([5], 0, 16)}),
+        _header({"a": _tensor_entry([4], 0, 16), "b": _tensor_entry([4], 0, 16)}),
+        _header({"a": _tensor_entry([1], 0, 4), "b": _tensor_entry([2], 8, 16)}),
+        _header({"a": _tensor_entry([4], 16, 0)}),
+        _header({"a": _tensor_entry([4], 0, 16, "F33")}),
+        _header({"a": _tensor_entry([4], 0, 16, [])}),
+        _header({"a": {"dtype": "F32"}}),
+        _header({"a": 3}),
+        _header({"__metadata__": {"a": 3}}, b""),
+        _header(b'{"a": 1, "a": 2}'),
+        _header(b"{" + b'"a":[' * 50_000),
+        _header(b'{"a": \xff\xff}'),
+        _header(b'{"a": ' + b"1" * 10_000 + b"}"),
+        _header({"a": _tensor_entry([0, 2**63], 0, 0)}, b""),
+        _header({"a": _tensor_entry([16], 0, 16, "BOOL")}, b"\0\1\2" + b"\0" * 13),
     ],
 )
-def test_safetensors_that_contradict_themselves(tmp_path, little_memory, content, what):
+def test_safetensors_that_contradict_themselves(tmp_path, little_memory, content):
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=what):
+    with pytest.raises(CheckpointError, match="damaged|unknown type|other values than 0 and 1"):
         read_weights(path)
 
 
