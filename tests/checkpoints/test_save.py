@@ -20,13 +20,14 @@ from ldm.conditioning.bert import BERTEmbedder
 from ldm.conditioning.image import ImageEmbedder
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule
-from ldm.latent_diffusion import LatentDiffusion, sample
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage, VQModel
 from ldm.models.autoencoding_engine import AutoencodingEngine
 from ldm.models.discriminator import NLayerDiscriminator
 from ldm.models.dit import DiT
 from ldm.models.unet import UNetModel
 from ldm.models.vit import VisionTransformer
+from ldm.sampling import sample
 
 DD = {
     "z_channels": 3, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": (1, 2),
