@@ -213,11 +213,11 @@ def test_parts_that_cannot_be_described_are_named_all_at_once(importable, tmp_pa
 
 
 def test_public_names_are_listed_and_come_on_first_use():
-    assert ldm.__all__ == ["__version__", "convert", "load", "sample", "save", "train"]
+    assert ldm.__all__ == ["__version__", "convert", "draw", "load", "sample", "save", "train"]
     assert set(ldm.__all__) <= set(dir(ldm))
     assert all(callable(getattr(ldm, name)) for name in ldm.__all__[1:])
-    with pytest.raises(AttributeError, match="no attribute 'draw'"):
-        ldm.draw  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ldm.nothing  # noqa: B018
 
 
 def test_saving_loads_no_lightning():
