@@ -235,7 +235,9 @@ class Method(pl.LightningModule):
 
     def log_figures(self, stage: str, figures: Mapping[str, float]) -> None:
         """Lightning's `log_dict` under `stage`/name, at the run's own step."""
-        self.log_dict({**_named(stage, figures), "step": float(self.step)})
+        values = {**_named(stage, figures), "step": self.step}
+        # What is given as a number would be rounded to float32.
+        self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()})
 
     def across_ranks(self, values: Figures, how: str) -> Figures:
         """The mean or sum of 0-d tensors over all processes."""
