@@ -5,6 +5,7 @@ from ldm.data.images.dataset import ImageDataset
 from ldm.data.images.embedded import ArrayDataset, Digits, Emoji, MissingPackageError
 from ldm.data.images.image_folder import ImageFolder
 from ldm.data.images.pixels import BadImageError
+from ldm.data.images.wrapped import Wrapped
 from ldm.data.latents.cache import LatentCache, LatentDataset
 from ldm.data.latents.statistics import ChannelStatistics, measure_latents
 from ldm.data.loading.loader import collate, make_loader
@@ -24,6 +25,7 @@ __all__ = [
     "MissingPackageError",
     "PositionSampler",
     "SequentialBatches",
+    "Wrapped",
     "collate",
     "make_loader",
     "measure_latents",

@@ -59,7 +59,8 @@ class Objective:
         time: distribution of the unit time; uniform by default.
         loss: `l2` | `l1` | `huber` (quadratic below `huber_delta`), meant over C, H, W.
         weighting: `none` | `min_snr`, which is min(SNR, gamma) on the error of x0, whatever is predicted
-            (Hang et al. 2023): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v.
+            (Hang et al. 2023): min(SNR, gamma) / SNR for eps, / (SNR + 1) for v; or one's own,
+            weighting(sigma (B,), denoiser) -> (B,), on the error of what the network gives.
         gamma: of min_snr.
         huber_delta: of huber.
     """
@@ -72,13 +73,13 @@ class Objective:
         denoiser: Denoiser,
         time: TimeUniform | None = None,
         loss: str = "l2",
-        weighting: str = "none",
+        weighting: str | Callable[[torch.Tensor, Denoiser], torch.Tensor] = "none",
         gamma: float = 5.0,
         huber_delta: float = 1.0,
     ):
         if loss not in self.LOSSES:
             raise ValueError(f"loss is {loss!r}, must be one of {', '.join(self.LOSSES)}")
-        if weighting not in self.WEIGHTINGS:
+        if not callable(weighting) and weighting not in self.WEIGHTINGS:
             raise ValueError(f"weighting is {weighting!r}, must be one of {', '.join(self.WEIGHTINGS)}")
         if denoiser.learned_variance and not hasattr(denoiser.schedule, "sigmas_all"):
             raise ValueError("learned_variance is trained on the variational bound of a DiscreteSchedule")
@@ -123,7 +124,7 @@ class Objective:
         x_in, t = denoiser.network_input(x, sigma)
         raw, fraction = denoiser.split(network_fn(x_in, t, **(cond or {})).to(x0.dtype), x0.shape[1])
         simple = self._error(raw, denoiser.target(x0, noise, sigma)).flatten(1).mean(1)
-        loss = simple * expand(self._weight(sigma), simple) if self.weighting == "min_snr" else simple
+        loss = simple if self.weighting == "none" else simple * expand(self._weight(sigma), simple)
         x0_hat = denoiser.to_x0(raw.detach(), x, sigma)
         result = {"loss": loss, "simple": simple.detach(), "t": t, "sigma": sigma, "x0_hat": x0_hat}
         if fraction is not None:
@@ -143,5 +144,7 @@ class Objective:
         return F.huber_loss(raw, target, reduction="none", delta=self.huber_delta)
 
     def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        if callable(self.weighting):
+            return self.weighting(sigma, self.denoiser)
         # An error of raw is |out| times as large in x0: this weighs x0 whatever is predicted.
         return (exact(sigma) ** -2).clamp(max=self.gamma) * self.denoiser.coefficients(sigma).out ** 2

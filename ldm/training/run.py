@@ -14,7 +14,7 @@ from ldm import config as configuration
 from ldm.checkpoints import load
 from ldm.checkpoints.strict import load_strict
 from ldm.config.signatures import resolve_target
-from ldm.data import SequentialBatches, make_loader
+from ldm.data import collate
 from ldm.training.run_config import RunConfig
 
 #: What a data set must have besides items, to be trained on.
@@ -105,7 +105,10 @@ def begin(
     whole = configuration.instantiate(cfg.data, allow_foreign=True)
     lacks = [name for name in DATA_SET if not hasattr(whole, name)]
     if lacks:
-        raise ValueError(f"data.target {cfg.data.target} lacks {', '.join(lacks)}: see ldm.data.ImageFolder")
+        raise ValueError(
+            f"data.target {cfg.data.target} lacks {', '.join(lacks)}; as `source` of an ldm.data.Wrapped it "
+            "needs a length and items only"
+        )
     whole.set_seed(keys.seed)
     train, validation = whole.split("train"), whole.split("validation")
     if len(train) == 0:
@@ -115,5 +118,6 @@ def begin(
 
 def spread(dataset: Dataset, count: int) -> dict:
     """A batch of the plain view of `count` images, spread over the set."""
-    indices = np.linspace(0, len(dataset) - 1, count).astype(int)
-    return next(iter(make_loader(dataset, SequentialBatches(indices, count), 0)))
+    indices = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+    whole = hasattr(dataset, "__getitems__")
+    return collate(dataset.__getitems__(indices) if whole else [dataset[i] for i in indices])
