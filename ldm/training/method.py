@@ -251,7 +251,7 @@ class Method(pl.LightningModule):
         bad = int(self._bad_steps) if self._bad_steps is not None else 0
         if bad >= self.settings.max_bad_steps:
             # Asked for now and then only: there may be more of them than `max_bad_steps`.
-            half = getattr(self._trainer, "precision", "32-true") != "32-true"
+            half = getattr(self.trainer, "precision", "32-true") != "32-true"
             raise Diverged(
                 f"the gradient was not finite in the last {bad} step{'' if bad == 1 else 's'} (now at step "
                 f"{self.step}, training.max_bad_steps is {self.settings.max_bad_steps}); no weight was "
