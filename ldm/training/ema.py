@@ -23,11 +23,16 @@ class EMA:
         self.averages = [p.detach().float().clone() for p in self.parameters]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, moved: Tensor | bool = True) -> None:
+        """Average in the weights as they are; where `moved` (0-d) is false, the averages stay."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        share = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [p.detach().float() for p in self.parameters]
-        torch._foreach_lerp_(self.averages, weights, 1 - decay)
+        if not torch.is_tensor(moved) or moved.device.type == "cpu":
+            if moved:
+                torch._foreach_lerp_(self.averages, weights, share)
+        else:  # decided on the device, which nobody waits for
+            torch._foreach_lerp_(self.averages, weights, [share * moved] * len(weights))
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))
@@ -42,11 +47,30 @@ class EMA:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within, the module has the averages for weights; afterwards, also after an exception, its own."""
-        weights = [p.data for p in self.parameters]
-        own = [w.clone() for w in weights]
-        torch._foreach_copy_(weights, self.averages)
+        """Within, the module has the averages for weights; afterwards, also after an exception, its own.
+
+        They change places tensor by tensor, so it takes the memory of the largest one; of weights in half
+        precision, which cannot hold an average, their own.
+        """
+        kept = self._swap({})
         try:
             yield
         finally:
-            torch._foreach_copy_(weights, own)
+            self._swap(kept)
+
+    @torch.no_grad()
+    def _swap(self, kept: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Exchange weights and averages; returns the weights that the averages' place cannot take."""
+        found = {}
+        for i, (parameter, average) in enumerate(zip(self.parameters, self.averages, strict=True)):
+            weight = parameter.data
+            if i in kept:
+                weight.copy_(kept[i])
+            elif weight.dtype == average.dtype:
+                before = weight.clone()
+                weight.copy_(average)
+                average.copy_(before)
+            else:
+                found[i] = weight.clone()
+                weight.copy_(average)
+        return found

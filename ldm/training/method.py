@@ -4,7 +4,6 @@ A method is one file with one class: its config keys, how it is built, its loss,
 draws. Accumulation, backward, clipping, the guard against bad steps, averaging and resuming are here, once.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -161,7 +160,7 @@ class Method(pl.LightningModule):
         bad = ~torch.isfinite(torch.stack(norms)).all()
         self._bad_steps = (self._bad_steps + 1) * bad  # in a row: a good step sets the count back
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(~bad)
         self.step += 1
         self._report(figures)
 
@@ -333,8 +332,13 @@ class Method(pl.LightningModule):
 
     def _restore(self, state: Mapping) -> None:
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            # Copied: what was read is mapped from the checkpoint's file, which does not stay for ever.
-            optimizer.load_state_dict(copy.deepcopy(saved))
+            optimizer.load_state_dict(saved)
+            for parameter, values in optimizer.state.items():
+                for name, value in values.items():
+                    # Copied: what was read is mapped from the checkpoint's file, which does not stay for
+                    # ever. And laid out as the parameter, which the fused kernel takes for granted.
+                    like = parameter if value.shape == parameter.shape else value
+                    values[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"], state["ema_updates"])
         self._bad_steps.fill_(state["bad_steps"])

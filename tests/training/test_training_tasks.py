@@ -397,6 +397,14 @@ def test_cached_latents_are_those_encoded_on_the_fly(place, monkeypatch):
         assert torch.equal(a["t"], b["t"])
 
 
+def test_latents_are_encoded_in_float32_under_autocast(place):
+    encoded = diffusion(place, latent_scale=0.5, cache=False)
+    batch, noise = batch_of(encoded), torch.zeros(8, 2, 8, 8)
+    plain = encoded.latents(batch, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoded.latents(batch, noise), plain)
+
+
 def test_latents_are_normalised(place):
     stage = diffusion(place)
     noise = torch.randn(8, 15, 2, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ from ldm.diffusion.random import normal, uniform
 from ldm.diffusion.schedule import resolution_shift
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.dit import DiT
+from ldm.nn.precision import autocast_off
 from ldm.sampling import Sampling, sample
 from ldm.training.method import Figures, Method
 from ldm.training.methods.autoencoder import check_images
@@ -158,7 +159,8 @@ class DiffusionMethod(Method):
         """A sample of each posterior, normalised: z (B, C, h, w)."""
         if "mean" in batch:
             return self.model.normalize(batch["mean"] + batch["std"] * noise)
-        return self.model.to_latent(batch["image"], noise)
+        with autocast_off(noise):  # in float32, as a cache is encoded
+            return self.model.to_latent(batch["image"], noise)
 
     def parts(self) -> dict[str, nn.Module]:
         conditioner = {"conditioner": self.model.conditioner} if self.model.conditioner.keys else {}
