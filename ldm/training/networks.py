@@ -47,12 +47,23 @@ def keep_freed_memory() -> None:
         mallopt(parameter, 1 << 30)
 
 
-def compile_blocks(module: nn.Module) -> int:
+#: Forms of one block: in training and evaluation, with gradients and without, with autocast and without.
+_MODES = 4
+
+
+def compile_blocks(module: nn.Module, **options) -> int:
     """Compile every repeated block of the networks in place; returns how many. Names of parameters stay.
 
-    The repeated blocks share one compiled form, so compiling stays short.
+    Blocks that are alike share one compiled form, so compiling stays short. All others are forms of the same
+    code to torch, which gives up after eight and goes on without a word: it is told how many to expect.
+
+    Args:
+        options: of `torch.compile`.
     """
     blocks = [block for block in module.modules() if isinstance(block, BLOCKS)]
+    limits, forms = torch._dynamo.config, _MODES * max(len(blocks), 1)
+    limits.recompile_limit = max(limits.recompile_limit, forms)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, forms * len(BLOCKS))
     for block in blocks:
-        block.compile()
+        block.compile(**options)
     return len(blocks)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldm.nn.resblock import ResBlock
 from ldm.sampling import Sampling
 from ldm.training.ema import EMA
 from ldm.training.loop import progress as progress_module
@@ -23,7 +24,7 @@ from ldm.training.loop.trainer import check_batch
 from ldm.training.method import Diverged, Method, seed_generator
 from ldm.training.methods.autoencoder import AutoencoderKeys
 from ldm.training.methods.diffusion import DiffusionKeys
-from ldm.training.networks import channels_last
+from ldm.training.networks import channels_last, compile_blocks
 from ldm.training.optimization import base_lr, clip_gradients, guarded_step, lr_factor, make_optimizer
 from ldm.training.run import Run
 from ldm.training.run_config import RunConfig
@@ -417,6 +418,32 @@ def test_tensorboard_missing_is_said(tmp_path, monkeypatch, caplog):
     with caplog.at_level("INFO", "ldm"):
         (logger,) = make_loggers(tmp_path, 0, tensorboard=True)
     assert isinstance(logger, CSVLogs) and "TensorBoard is not installed" in caplog.text
+
+
+# Compilation
+
+
+def test_no_block_of_a_compiled_network_stays_eager():
+    """More forms of one kind of block than torch compiles unless told so, in training and in evaluation."""
+    widths = [8 * i for i in range(1, 13)]
+    network = nn.Sequential(*(ResBlock(w, w, num_groups=4) for w in widths))
+    calls = []
+
+    def counting(graph, inputs):
+        def run(*args):
+            calls.append(1)
+            return graph(*args)
+
+        return run
+
+    assert compile_blocks(network, backend=counting) == len(widths)
+    for mode in (True, False):
+        network.train(mode)
+        with torch.set_grad_enabled(mode):
+            for width, block in zip(widths, network, strict=True):
+                calls.clear()
+                block(torch.randn(1, width, 4, 4))
+                assert calls, f"the block of {width} channels ran eagerly, training {mode}"
 
 
 # Settings
