@@ -194,14 +194,16 @@ class Method(pl.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         return norm
 
+    @property
+    def base_lr(self) -> float:
+        return base_lr(self.settings.optimizer, self.settings.batch_size)
+
     def lr(self) -> float:
-        settings = self.settings
-        factor = lr_factor(settings.optimizer, self.step, settings.steps)
-        return base_lr(settings.optimizer, settings.batch_size) * factor
+        return self.base_lr * lr_factor(self.settings.optimizer, self.step, self.settings.steps)
 
     def configure_optimizers(self) -> list[torch.optim.AdamW]:
-        lr = base_lr(self.settings.optimizer, self.settings.batch_size)
-        self._optimizers = [make_optimizer(p, self.settings.optimizer, lr) for p in self.trained()]
+        settings = self.settings.optimizer
+        self._optimizers = [make_optimizer(p, settings, self.base_lr) for p in self.trained()]
         self._bad_steps = torch.zeros((), device=self.device)
         if self.settings.ema is not None:
             self.ema = EMA(self.model, self.settings.ema)

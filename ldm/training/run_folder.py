@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from ldm import config as configuration
 from ldm.checkpoints import native
 from ldm.checkpoints.description import Description
@@ -105,6 +107,12 @@ class RunFolder:
         for pattern in _LEFTOVERS:
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
+
+    def planned_steps(self) -> int | None:
+        """How long the run was to be when it was last started."""
+        if not self.config.exists():
+            return None
+        return OmegaConf.select(OmegaConf.load(self.config), "training.steps")
 
     def newest_state(self) -> dict | None:
         """The newest checkpoint that is whole, for a process that only reads."""

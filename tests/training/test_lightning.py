@@ -108,6 +108,20 @@ def test_a_callback_and_a_logger_of_ones_own(place):
     assert [int(row["step"]) for row in T.rows(place / "runs" / "own", "validation")] == [3, 4, 6, 7]
 
 
+def test_a_longer_cosine_run_says_that_its_learning_rate_jumps(place):
+    tree = config(place, name="longer")  # cosine
+    finish(place, tree, "training.steps=4")
+    said = finish(place, tree, "training.steps=7")
+    rows = T.rows(place / "runs" / "longer", "train")
+    now = float(next(row["lr"] for row in rows if row["step"] == "6"))
+    assert "training.steps was 4: the learning rate follows" in said and "jumps from 0 to" in said
+    assert now > 0
+    tree = config(place, name="constant")
+    tree["training"]["optimizer"] = {"lr": 1e-3}
+    finish(place, tree, "training.steps=2")
+    assert "jumps" not in finish(place, tree, "training.steps=3")
+
+
 def test_a_callback_of_lightnings_ends_the_run_with_a_checkpoint(place):
     stop = {
         "target": "pytorch_lightning.callbacks.EarlyStopping",

@@ -17,6 +17,7 @@ from ldm.training.loop.trainer import make_trainer, uses_gpu
 from ldm.training.method import Method
 from ldm.training.methods import find_method
 from ldm.training.networks import compile_blocks
+from ldm.training.optimization import lr_factor
 from ldm.training.run import begin
 from ldm.training.run_config import RunConfig, complete
 from ldm.training.run_folder import RunFolder
@@ -103,6 +104,14 @@ def _end_others(trainer: pl.Trainer) -> None:
 
 def _tell_resumed(method: Method, folder: RunFolder, state: Mapping) -> None:
     log.info("continuing %s at step %d of %d", folder.path, state["step"], method.settings.steps)
+    steps, settings = folder.planned_steps(), method.settings
+    if steps not in (None, settings.steps):
+        before, now = (lr_factor(settings.optimizer, method.step, n) for n in (steps, settings.steps))
+        if before != now:
+            log.warning(
+                "training.steps was %d: the learning rate follows the run's length, and jumps from %.3g to %.3g",
+                *(steps, method.base_lr * before, method.base_lr * now),
+            )
     before, now = state.get("data", method.data_identity), method.data_identity
     if before != now:
         log.warning(
