@@ -109,7 +109,7 @@ def _tell_resumed(method: Method, folder: RunFolder, state: Mapping) -> None:
         before, now = (lr_factor(settings.optimizer, method.step, n) for n in (steps, settings.steps))
         if before != now:
             log.warning(
-                "training.steps was %d: the learning rate follows the run's length, and jumps from %.3g to %.3g",
+                "training.steps was %d: the learning rate, which follows it, jumps from %.3g to %.3g",
                 *(steps, method.base_lr * before, method.base_lr * now),
             )
     before, now = state.get("data", method.data_identity), method.data_identity
