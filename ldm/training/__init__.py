@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ldm.training.run_config import RunConfig, load_run
+from ldm.training.run_config import load_run
 
 
 def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
@@ -19,8 +19,7 @@ def train(path: str | Path, overrides: Iterable[str] = ()) -> Path | None:
         OSError: a checkpoint cannot be written, or a process that reads images has died.
         KeyboardInterrupt: the run was told to stop (Ctrl-C, SIGTERM); its checkpoint is written.
     """
-    cfg, keys = load_run(path, overrides)
-    check_images(cfg, keys)
+    cfg, keys = load_run(path, overrides, look_first=_check_images)
     # Only now: a mistake in the config should not wait for torch and Lightning to be imported.
     from ldm.data.loading.workers import clear_worker_errors
     from ldm.training.loop.fit import fit
@@ -35,23 +34,24 @@ def dry_run(path: str | Path, overrides: Iterable[str] = ()) -> str:
     One device works through its share of a batch; a discriminator takes part from the start. Latents are not
     cached and not measured, and no run folder is made.
     """
-    cfg, keys = load_run(path, overrides)
-    check_images(cfg, keys)
+    cfg, keys = load_run(path, overrides, look_first=_check_images)
     from ldm.training.trial import one_step
 
     return one_step(cfg, keys)
 
 
-def check_images(cfg, keys: RunConfig) -> None:
+def _check_images(cfg) -> None:
     """ValueError where a run that is to begin names a folder of images that is not there.
 
     The data set says the same, many seconds of importing later. A run with checkpoints may be complete and
     need no images any more.
     """
-    if cfg.data.get("target") not in ("ldm.data.ImageFolder", "ldm.data.images.image_folder.ImageFolder"):
+    data = cfg.get("data") or {}
+    if data.get("target") not in ("ldm.data.ImageFolder", "ldm.data.images.image_folder.ImageFolder"):
         return
-    root = (cfg.data.get("params") or {}).get("root")
-    if not isinstance(root, str) or (keys.folder / "checkpoints").exists():
+    root = (data.get("params") or {}).get("root")
+    begun = Path(str(cfg.get("runs", "runs")), str(cfg.get("name")), "checkpoints").exists()
+    if not isinstance(root, str) or begun:
         return
     root = os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(root):

@@ -1,6 +1,6 @@
 """The training config as a whole: which keys it has, and its check before anything slow starts."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,15 @@ class _Sections(Mapping):
 
 
 def load_run(
-    path: str | Path, overrides: Iterable[str] = (), assumed: Mapping[str, Any] | None = None
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    assumed: Mapping[str, Any] | None = None,
+    look_first: Callable[[DictConfig], None] = lambda cfg: None,
 ) -> tuple[DictConfig, RunConfig]:
     """A training config, merged with overrides and held against the code; nothing is built yet.
 
-    `assumed` stands in the place of what is still open, see `ldm.config.load`.
+    `assumed` stands in the place of what is still open, see `ldm.config.load`. `look_first` gets the config
+    before the code that it names is imported, which takes seconds.
 
     Raises:
         ConfigError: every mistake found, with its place.
@@ -93,6 +97,7 @@ def load_run(
     overrides = list(overrides)
     task = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("task=")), _task(path))
     cfg = configuration.load(path, overrides, sections=_Sections(task), assumed=assumed)
+    look_first(cfg)
     try:
         method = find_method(cfg.get("task"))
     except ValueError as error:

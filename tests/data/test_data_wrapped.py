@@ -23,6 +23,10 @@ def grey(i, width=6, height=4):
     return Image.new("L", (width, height), 10 * i)
 
 
+def numbered(i):  # can be pickled, for a worker that is not forked
+    return grey(i), {"size": np.float32(i / 2), "caption": f"number {i}", "label": i % 2}
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -43,9 +47,7 @@ def test_images_of_any_kind(make):
 
 
 def test_conditions_stand_beside_the_image_and_reach_batches():
-    source = Source(
-        lambda i: (grey(i), {"size": np.float32(i / 2), "caption": f"number {i}", "label": i % 2})
-    )
+    source = Source(numbered)
     source.classes = ["even", "odd"]
     data = Wrapped(source, size=4, channels=3)
     (batch,) = make_loader(data, SequentialBatches(np.array([1, 4]), 2), 0)

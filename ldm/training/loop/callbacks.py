@@ -80,24 +80,32 @@ class Checkpoints(pl.Callback):
 
     def __init__(self, folder: RunFolder, description: Description):
         self.folder, self.description = folder, description
-        self._saved = 0
+        self._saved, self._between = 0, False
 
     def on_train_start(self, trainer, method: Method) -> None:
         self._saved = method.step
 
     def on_train_batch_start(self, trainer, method: Method, batch, batch_idx) -> None:
+        self._between = False
         if _due(method, method.settings.checkpoint_every):
             self._save(trainer, method)
+            trainer.strategy.barrier()
 
     def on_train_batch_end(self, trainer, method: Method, outputs, batch, batch_idx) -> None:
+        self._between = True
         if method.step >= method.settings.steps:
             trainer.should_stop = True
 
     def on_train_end(self, trainer, method: Method) -> None:
         self._save(trainer, method)
+        trainer.strategy.barrier()
 
     def on_exception(self, trainer, method: Method, exception) -> None:
         method.on_validation_end()  # the weights are the run's own again, should it have come in between
+        if self._between and _due(
+            method, method.settings.checkpoint_every
+        ):  # an image that cannot be read, say
+            self._save(trainer, method)
 
     def _save(self, trainer, method: Method) -> None:
         if method.step == self._saved:
@@ -105,4 +113,3 @@ class Checkpoints(pl.Callback):
         self._saved = method.step
         if trainer.is_global_zero:
             self.folder.save(method.state(), self.description, method.settings.keep)
-        trainer.strategy.barrier()
