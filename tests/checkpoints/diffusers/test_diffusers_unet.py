@@ -13,7 +13,7 @@ from ldm.checkpoints.building import build_empty
 from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.export import save_diffusers
 from ldm.checkpoints.diffusers.folder import load_diffusers
-from ldm.checkpoints.diffusers.names import from_diffusers, unet_places
+from ldm.checkpoints.diffusers.names import from_diffusers, places_of
 from ldm.checkpoints.diffusers.part import shapes_of
 from ldm.checkpoints.diffusers.unet_reading import unet_part
 from ldm.checkpoints.diffusers.unet_writing import unet_config
@@ -208,7 +208,7 @@ def test_published_networks_have_every_name_and_shape(name):
         theirs = diffusers.UNet2DConditionModel(**config)
     network = build_empty(unet_part({"_class_name": type(theirs).__name__, **config}, name), name)
     assert sum(p.numel() for p in network.parameters()) == size
-    places = unet_places(network, "add_embedding" if "addition_embed_type" in config else "class_embedding")
+    places = places_of(network, "add_embedding" if "addition_embed_type" in config else "class_embedding")
     shapes = shapes_of(network)
     found = from_diffusers(theirs.state_dict(), places, shapes, name, "UNet2DConditionModel")
     assert {n: tuple(t.shape) for n, t in found.items()} == shapes
