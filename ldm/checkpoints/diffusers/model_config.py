@@ -9,6 +9,7 @@ from typing import Any
 from ldm.config import ConfigError
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 
+CONFIG = "config.json"
 #: The release of diffusers with which what is written here was checked.
 DIFFUSERS_VERSION = "0.42.1"
 _MAX_BYTES = 16 * 2**20

@@ -1,13 +1,13 @@
 """One part of a diffusers folder: a config, and the weights that belong to it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ldm.checkpoints.diffusers import unet_reading, vae
-from ldm.checkpoints.diffusers.model_config import explained
+from ldm.checkpoints.diffusers.model_config import CONFIG, explained, read_config
 from ldm.checkpoints.diffusers.names import from_diffusers, places_of
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import INDEX, read_weights
@@ -36,21 +36,22 @@ def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _PARTS[kind](config, where)
 
 
-def part_tensors(
-    folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool, replaced: Collection[str] = ()
-) -> dict[str, Tensor]:
+def part_tensors(folder: Path, model: nn.Module, ema: bool, replaced: str | None = None) -> dict[str, Tensor]:
     """The weights in a part's folder under the names of `model`.
 
     Args:
-        replaced: parameters of `model` in whose place a table of classes stands; both are left out.
+        replaced: beginning of the parameters of `model` in whose place a table of classes stands; both are
+            left out.
 
     Raises:
         KeyMismatch: keys are missing, extra or of another shape.
     """
-    file = weights_file(folder, ema)
+    file, config = weights_file(folder, ema), read_config(folder / CONFIG)
     where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
-    places = {name: place for name, place in places_of(model, where).items() if name not in replaced}
-    tensors = {n: t for n, t in read_weights(file).tensors.items() if not (replaced and n == CLASS_TABLE)}
+    places, tensors = places_of(model, where), dict(read_weights(file).tensors)
+    if replaced is not None:
+        places = {name: place for name, place in places.items() if not name.startswith(replaced)}
+        tensors.pop(CLASS_TABLE, None)
     return from_diffusers(tensors, places, shapes_of(model), str(file), str(config.get("_class_name")))
 
 

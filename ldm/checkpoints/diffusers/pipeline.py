@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.building import build_filled
 from ldm.checkpoints.description import Description, node
-from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
-from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
-from ldm.checkpoints.diffusers.export import CONFIG, INDEX
-from ldm.checkpoints.diffusers.model_config import explained, read_config
+from ldm.checkpoints.diffusers import scheduler as schedulers
+from ldm.checkpoints.diffusers import vae
+from ldm.checkpoints.diffusers.export import INDEX
+from ldm.checkpoints.diffusers.model_config import CONFIG, explained, read_config
 from ldm.checkpoints.diffusers.part import (
     FIRST_STAGES,
     NETWORKS,
@@ -75,7 +75,7 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
         modules = {network: ("model.diffusion_model", model.network)}
         modules |= {first_stage: ("first_stage_model", model.first_stage_model)} if first_stage else {}
         for name, (prefix, module) in modules.items():
-            found |= prefixed(prefix, part_tensors(folder / name, module, configs[name], ema))
+            found |= prefixed(prefix, part_tensors(folder / name, module, ema))
         if conditioner:
             found |= prefixed("conditioner.embedders.0.transformer", _text_tensors(folder))
         return found
@@ -108,7 +108,7 @@ def _model_tree(
     if first_stage:
         stage = parts[first_stage]
         with explained(str(folder / first_stage / CONFIG)):
-            shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
+            shift, scale = vae.latent_scale(configs[first_stage])
     channels, factor = latent_sizes(stage)
     if in_channels != channels:
         sizes = f"the network takes {in_channels} channels and the latents have {channels}"
@@ -119,8 +119,8 @@ def _model_tree(
     schedule = read_config(where)
     with explained(str(where)):
         learned = out_channels == 2 * channels
-        denoiser = diffusers_scheduler.denoiser_part(schedule, str(where), learned_variance=learned)
-        sampling, lost = diffusers_scheduler.sampling_defaults(schedule)
+        denoiser = schedulers.denoiser_part(schedule, str(where), learned_variance=learned)
+        sampling, lost = schedulers.sampling_defaults(schedule)
     size = configs[network].get("sample_size") or configs[network].get("image_size") or 32
     size = [size, size] if isinstance(size, int) else size
     tree = node(

@@ -12,37 +12,23 @@ from torch import nn
 
 from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.compvis_conditions import EMBEDDERS
-from ldm.checkpoints.originals.original_yaml import Part
-from ldm.checkpoints.originals.translation import (
-    Shell,
-    Translated,
-    arguments_for,
-    lookup,
-    take_given,
-    translated,
-)
+from ldm.checkpoints.originals.original_yaml import Part, Shell, Translated
+from ldm.config.signatures import parameters
 from ldm.models.unet import UNetModel
 
 # Parameters of training, its loss and its display; those of the first stages are sgm's, too. Whether a file
 # has averaged weights (`use_ema`) is seen in it; the original never reads `use_positional_encodings`.
-FIRST_STAGE_TRAINING = (
-    *("lossconfig", "learn_logvar", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor"),
-    *("batch_resize_range", "scheduler_config", "lr_g_factor", "use_ema", "ema_decay", "loss_config"),
-    *("ckpt_engine", "input_key", "optimizer_config", "trainable_ae_params", "ae_optimizer_args"),
-    *(
-        "trainable_disc_params",
-        "disc_optimizer_args",
-        "disc_start_iter",
-        "diff_boost_factor",
-        "max_batch_size",
-    ),
-)
-DIFFUSION_TRAINING = (
-    *("loss_type", "original_elbo_weight", "l_simple_weight", "learn_logvar", "logvar_init", "monitor"),
-    *("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "use_ema", "reset_ema"),
-    *("reset_num_ema_updates", "first_stage_key", "log_every_t", "scheduler_config"),
-    *("use_positional_encodings", "num_timesteps_cond", "cond_stage_trainable", "ucg_training"),
-)
+FIRST_STAGE_TRAINING = """
+    lossconfig learn_logvar ckpt_path ignore_keys image_key colorize_nlabels monitor batch_resize_range
+    scheduler_config lr_g_factor use_ema ema_decay loss_config ckpt_engine input_key optimizer_config
+    trainable_ae_params ae_optimizer_args trainable_disc_params disc_optimizer_args disc_start_iter
+    diff_boost_factor max_batch_size
+"""
+DIFFUSION_TRAINING = """
+    loss_type original_elbo_weight l_simple_weight learn_logvar logvar_init monitor ckpt_path ignore_keys
+    load_only_unet make_it_fit use_ema reset_ema reset_num_ema_updates first_stage_key log_every_t
+    scheduler_config use_positional_encodings num_timesteps_cond cond_stage_trainable ucg_training
+"""
 _INPAINTING_TRAINING = ("finetune_keys", "keep_finetune_dims", "c_concat_log_start", "c_concat_log_end")
 
 # What the original's samplers do where the caller says nothing more than the number of steps.
@@ -53,21 +39,21 @@ SAMPLER_DEFAULTS = {"ddim": {"spacing": "uniform"}, "plms": {"spacing": "uniform
 
 
 def autoencoder_kl(part: Part, channels: int | None = None) -> Translated:
-    params = {name: part.take(name) for name in ("ddconfig", "embed_dim")}
-    part.finish(*FIRST_STAGE_TRAINING)
-    return Translated(node("models.autoencoder.AutoencoderKL", **params), averaged="")
+    needs = ("ddconfig", "embed_dim")
+    stage = part.node("models.autoencoder.AutoencoderKL", needs=needs, ignored=FIRST_STAGE_TRAINING.split())
+    return Translated(stage, averaged="")
 
 
 def vq_model(part: Part, channels: int | None = None) -> Translated:
-    params = {name: part.take(name) for name in ("ddconfig", "n_embed", "embed_dim")}
-    params |= take_given(part, "remap", "sane_index_shape", "legacy", "beta", "unknown_index")
-    part.finish(*FIRST_STAGE_TRAINING)
-    return Translated(node("models.autoencoder.VQModel", **params), averaged="")
+    given = ("remap", "sane_index_shape", "legacy", "beta", "unknown_index")
+    needs = ("ddconfig", "n_embed", "embed_dim")
+    stage = part.node("models.autoencoder.VQModel", *given, needs=needs, ignored=FIRST_STAGE_TRAINING.split())
+    return Translated(stage, averaged="")
 
 
 def identity_first_stage(part: Part, channels: int | None = None) -> Translated:
     channels = part.take("channels", 3 if channels is None else channels)
-    part.finish("vq_interface", *FIRST_STAGE_TRAINING)
+    part.finish("vq_interface", *FIRST_STAGE_TRAINING.split())
     return Translated(pixels(channels))
 
 
@@ -104,9 +90,12 @@ _UNET_IGNORED = ("image_size", "use_fp16", "use_bf16")
 
 
 def unet(part: Part, *ignored: str, **defaults: Any) -> Translated:
-    params = defaults | take_given(part, *arguments_for(UNetModel, _UNET_IGNORED))
-    part.finish(*_UNET_IGNORED, *ignored)
-    return Translated(node("models.unet.UNetModel", **params))
+    made = part.node(
+        "models.unet.UNetModel",
+        *(name for name in parameters(UNetModel) if name not in _UNET_IGNORED),
+        ignored=(*_UNET_IGNORED, *ignored),
+    )
+    return Translated(made | {"params": defaults | made["params"]})
 
 
 NETWORKS: dict[str, Callable[[Part], Translated]] = {
@@ -123,9 +112,9 @@ CONDITIONING_KEYS = {"concat": "concat", "crossattn": "crossattn", "hybrid": "cr
 
 def latent_diffusion(part: Part, inpainting: bool = False) -> Translated:
     """LatentDiffusion, and with `inpainting` LatentInpaintDiffusion of Stable Diffusion."""
-    network = translated(part, "unet_config", NETWORKS, "network").node
+    network = part.translated("unet_config", NETWORKS, "network").node
     channels = part.take("channels", 3)
-    first = translated(part, "first_stage_config", FIRST_STAGES, "first stage", channels)
+    first = part.translated("first_stage_config", FIRST_STAGES, "first stage", channels)
     latent_channels, factor = latent_sizes(first.node)
     size = part.take("image_size", 256)
     scale, by_std = part.take("scale_factor", 1.0), bool(part.take("scale_by_std", False))
@@ -141,7 +130,7 @@ def latent_diffusion(part: Part, inpainting: bool = False) -> Translated:
         sampler_defaults=SAMPLER_DEFAULTS,
     )
     # LatentDiffusion turns clip_denoised off.
-    part.finish("clip_denoised", *DIFFUSION_TRAINING, *(_INPAINTING_TRAINING if inpainting else ()))
+    part.finish("clip_denoised", *DIFFUSION_TRAINING.split(), *(_INPAINTING_TRAINING if inpainting else ()))
 
     def view(model: nn.Module) -> nn.Module:
         shell = Shell(model=model.model, first_stage_model=first.view(model.first_stage_model))
@@ -179,7 +168,7 @@ def _conditions(
         masked = on_top == latent_channels + 1
         return [_encoded_image(key, scaled=False), *([_mask()] if masked else [])], True
     cond_part = Part(config, name, part.reading)
-    embedders = [lookup(cond_part, EMBEDDERS, "model of a condition")(cond_part, key, kind)]
+    embedders = [cond_part.translator(EMBEDDERS, "model of a condition")(cond_part, key, kind)]
     if inpainting:
         image = part.take("masked_image_key", "masked_image")
         keys = part.take("concat_keys", ["mask", image])
@@ -203,7 +192,7 @@ def latent_inpaint_diffusion(part: Part) -> Translated:
 
 def ddpm(part: Part) -> Translated:
     """DDPM: the same in pixel space, without a condition."""
-    network = translated(part, "unet_config", NETWORKS, "network").node
+    network = part.translated("unet_config", NETWORKS, "network").node
     part.only(
         "conditioning_key", (None,), "DDPM has no condition; use LatentDiffusion with IdentityFirstStage"
     )
@@ -216,7 +205,7 @@ def ddpm(part: Part) -> Translated:
         clip_x0=part.take("clip_denoised", True),
         sampler_defaults=SAMPLER_DEFAULTS,
     )
-    part.finish(*DIFFUSION_TRAINING)
+    part.finish(*DIFFUSION_TRAINING.split())
     return Translated(whole, lambda model: Shell(model=model.model), averaged="model.")
 
 
@@ -226,9 +215,7 @@ def denoiser(part: Part) -> dict:
     if prediction not in ("eps", "x0", "v"):
         part.problem("parameterization", f"{prediction!r} is none of eps, x0, v")
     part.only("v_posterior", (0.0, 0), "only the posterior's own variance (0) is supported")
-    schedule = take_given(
-        part, "linear_start", "linear_end", "cosine_s", "timesteps", beta_schedule="schedule"
-    )
+    schedule = part.given("linear_start", "linear_end", "cosine_s", "timesteps", beta_schedule="schedule")
     schedule |= {"betas": betas} if (betas := part.take("given_betas", None)) is not None else {}
     return node(
         "diffusion.denoiser.Denoiser",
