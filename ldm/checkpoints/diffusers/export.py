@@ -1,9 +1,9 @@
 """Writing a model as a folder that diffusers opens.
 
-A first stage or a UNet becomes one folder of diffusers; a `LatentDiffusion` one with a folder for each part,
-with a `model_index.json` where a pipeline of diffusers does what the model does. What diffusers has no place
-for (the conditioner, names of classes, exact shift and scale of the latents, defaults for sampling) stands in
-a note of our own, `ldm.json`, by which `ldm.load` gives back exactly what was written.
+A `LatentDiffusion` becomes a folder with one for each part, and a `model_index.json` where a pipeline of
+diffusers does what the model does. What diffusers has no place for (the conditioner, names of classes, exact
+shift and scale of the latents, defaults for sampling) stands in a note of our own, `ldm.json`, by which
+`ldm.load` gives back exactly what was written.
 """
 
 import copy

@@ -1,7 +1,6 @@
 """Reading folders of diffusers: a pipeline, one of its parts, or what `ldm convert --to diffusers` wrote.
 
-diffusers itself only warns when weights are missing, and computes with fresh ones. Here every key of every
-file is accounted for, and a config that asks for something that is not built here is refused with the reason.
+Every key of every file is accounted for; diffusers itself only warns where weights are missing.
 """
 
 import json

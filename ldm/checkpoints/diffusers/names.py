@@ -1,8 +1,7 @@
 """Parameter names here and in the library diffusers, for the first stages and the UNet.
 
-A built network is walked block by block, so that every name follows from indices: which level, which layer,
-which kind. Names and layouts are those of `AutoencoderKL`, `VQModel`, `UNet2DModel` and
-`UNet2DConditionModel` (https://github.com/huggingface/diffusers).
+Every name follows from indices: which level, which layer, which kind. Names and layouts are those of
+`AutoencoderKL`, `VQModel`, `UNet2DModel`, `UNet2DConditionModel` (https://github.com/huggingface/diffusers).
 """
 
 from collections.abc import Iterator, Mapping
@@ -163,11 +162,7 @@ def _place(layer: nn.Module, name: str, theirs: str) -> Place:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
-    """Our tensors under the names and in the shapes of diffusers.
-
-    Raises:
-        KeyError: a tensor without a place; nothing is left out silently.
-    """
+    """Our tensors under the names and in the shapes of diffusers; one without a place is a KeyError."""
     written = {}
     for name, tensor in tensors.items():
         place = places[name]
@@ -184,9 +179,7 @@ def from_diffusers(
 ) -> dict[str, Tensor]:
     """The tensors of a diffusers file under our names, every key of both sides accounted for.
 
-    Args:
-        shapes: of our parameters.
-        where, class_name: the file and the class of diffusers, for messages.
+    `shapes` are our parameters'; `where` and `class_name` are for messages.
 
     Raises:
         KeyMismatch: keys are missing, extra or of another shape, in the file's own names.

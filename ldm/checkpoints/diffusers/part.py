@@ -23,11 +23,7 @@ _PARTS = {
 
 
 def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Target and params of a part, by its class.
-
-    Raises:
-        UnsupportedCheckpoint: a class or an option that is not built here.
-    """
+    """Target and params of a part; one that is not built here is an UnsupportedCheckpoint."""
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _PARTS:
         what = f"is a {kind}" if kind else "names no _class_name, so it is no config of diffusers"
@@ -37,14 +33,9 @@ def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def part_tensors(folder: Path, model: nn.Module, ema: bool, replaced: str | None = None) -> dict[str, Tensor]:
-    """The weights in a part's folder under the names of `model`.
+    """The weights in a part's folder, strictly, under the names of `model`.
 
-    Args:
-        replaced: beginning of the parameters of `model` in whose place a table of classes stands; both are
-            left out.
-
-    Raises:
-        KeyMismatch: keys are missing, extra or of another shape.
+    Parameters that begin with `replaced`, and the table of classes in their place, are left out.
     """
     file, config = weights_file(folder, ema), read_config(folder / CONFIG)
     where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
@@ -71,11 +62,7 @@ def weights_file(folder: Path, ema: bool) -> Path:
 
 
 def first_file(folder: Path, *stems: str) -> Path:
-    """The first file of weights of one of these names, or the only variant (`fp16`) of the last one.
-
-    Raises:
-        CorruptCheckpoint: there is none, or only several variants.
-    """
+    """The first file of weights of one of these names, or the only variant (`fp16`) of the last one."""
     for name in (stem + ending for stem in stems for ending in _ENDINGS):
         if (folder / name).is_file():
             return folder / name

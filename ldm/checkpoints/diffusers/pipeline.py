@@ -12,7 +12,7 @@ from ldm.checkpoints.building import build_filled
 from ldm.checkpoints.description import Description, node
 from ldm.checkpoints.diffusers import scheduler as schedulers
 from ldm.checkpoints.diffusers import vae
-from ldm.checkpoints.diffusers.export import INDEX
+from ldm.checkpoints.diffusers.export import INDEX, parts_of
 from ldm.checkpoints.diffusers.model_config import CONFIG, explained, read_config
 from ldm.checkpoints.diffusers.part import (
     FIRST_STAGES,
@@ -44,10 +44,7 @@ _TEXT_SIZES = {
 
 
 def load_pipeline(folder: Path, ema: bool) -> nn.Module:
-    """The model of a folder with a `model_index.json`; see `ldm.checkpoints.diffusers.folder.load_diffusers`.
-
-    What is not read, and what of the scheduler has no counterpart here, is logged.
-    """
+    """The model of a folder with a `model_index.json`; what of it has no counterpart here is logged."""
     classes = {
         name: entry[1]
         for name, entry in read_config(folder / INDEX).items()
@@ -72,9 +69,7 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
 
     def tensors(model: nn.Module) -> dict[str, Tensor]:
         found = {name: getattr(model, name) for name in ("latent_shift", "latent_scale")}
-        modules = {network: ("model.diffusion_model", model.network)}
-        modules |= {first_stage: ("first_stage_model", model.first_stage_model)} if first_stage else {}
-        for name, (prefix, module) in modules.items():
+        for name, (prefix, module) in zip(configs, parts_of(model).values(), strict=True):
             found |= prefixed(prefix, part_tensors(folder / name, module, ema))
         if conditioner:
             found |= prefixed("conditioner.embedders.0.transformer", _text_tensors(folder))
@@ -111,10 +106,8 @@ def _model_tree(
             shift, scale = vae.latent_scale(configs[first_stage])
     channels, factor = latent_sizes(stage)
     if in_channels != channels:
-        sizes = f"the network takes {in_channels} channels and the latents have {channels}"
-        raise UnsupportedCheckpoint(
-            str(folder), f"{sizes}: nothing in it makes the masks or images beside them"
-        )
+        what = f"the network takes {in_channels} channels and the latents have {channels}"
+        raise UnsupportedCheckpoint(str(folder), what)
     where = folder / scheduler / "scheduler_config.json"
     schedule = read_config(where)
     with explained(str(where)):
@@ -136,12 +129,7 @@ def _model_tree(
 
 
 def text_part(folder: Path, classes: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """(target and params of the conditioner that does what the pipeline does with texts, or None; why not).
-
-    Args:
-        folder: of the pipeline.
-        classes: name of each part -> its class.
-    """
+    """(target and params of the conditioner that does what the pipeline does with texts or None, why not)."""
     kinds = [kind for name, kind in classes.items() if name.startswith(_ENCODER)]
     if kinds != ["CLIPTextModel"] or classes.get(_ENCODER) != "CLIPTextModel":
         return None, f"text encoders {', '.join(kinds)}" if kinds else "no text encoder"

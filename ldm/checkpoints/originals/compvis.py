@@ -5,6 +5,7 @@ Target names, parameters and their defaults are facts of those repositories; Rom
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,18 +91,12 @@ _UNET_IGNORED = ("image_size", "use_fp16", "use_bf16")
 
 
 def unet(part: Part, *ignored: str, **defaults: Any) -> Translated:
-    made = part.node(
-        "models.unet.UNetModel",
-        *(name for name in parameters(UNetModel) if name not in _UNET_IGNORED),
-        ignored=(*_UNET_IGNORED, *ignored),
-    )
+    given = [name for name in parameters(UNetModel) if name not in _UNET_IGNORED]
+    made = part.node("models.unet.UNetModel", *given, ignored=(*_UNET_IGNORED, *ignored))
     return Translated(made | {"params": defaults | made["params"]})
 
 
-NETWORKS: dict[str, Callable[[Part], Translated]] = {
-    "ldm.modules.diffusionmodules.openaimodel.UNetModel": unet
-}
-
+NETWORKS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": unet}
 
 # The conditioning keys of the original, and the kinds of this toolkit that the condition's model gives.
 CONDITIONING_KEYS = {"concat": "concat", "crossattn": "crossattn", "hybrid": "crossattn", "adm": "vector"}
@@ -162,40 +157,27 @@ def _conditions(
         part.problem("conditioning_key", f"{conditioning!r} is not supported (known: null, {known})")
         return [], False
     kind = CONDITIONING_KEYS[conditioning]
-    on_top = network.get("in_channels", 0) - latent_channels
     if config == "__is_first_stage__":
         # The mask lies beside the masked image; only the number of channels tells that there is one.
-        masked = on_top == latent_channels + 1
-        return [_encoded_image(key, scaled=False), *([_mask()] if masked else [])], True
+        masked = network.get("in_channels", 0) == 2 * latent_channels + 1
+        mask = [node("conditioning.maps.Mask", key="mask")] if masked else []
+        return [node("conditioning.maps.EncodedImage", key=key, scaled=False), *mask], True
     cond_part = Part(config, name, part.reading)
     embedders = [cond_part.translator(EMBEDDERS, "model of a condition")(cond_part, key, kind)]
     if inpainting:
         image = part.take("masked_image_key", "masked_image")
-        keys = part.take("concat_keys", ["mask", image])
-        embedders += [_encoded_image(key, scaled=True) if key == image else _mask(key) for key in keys]
+        for key in part.take("concat_keys", ["mask", image]):
+            encoded = node("conditioning.maps.EncodedImage", key=key, scaled=True)
+            embedders.append(encoded if key == image else node("conditioning.maps.Mask", key=key))
     elif conditioning == "hybrid":
         embedders.append(node("conditioning.maps.ImageMap", key="concat"))
     return embedders, False
 
 
-def _encoded_image(key: str, scaled: bool) -> dict:
-    return node("conditioning.maps.EncodedImage", key=key, scaled=scaled)
-
-
-def _mask(key: str = "mask") -> dict:
-    return node("conditioning.maps.Mask", key=key)
-
-
-def latent_inpaint_diffusion(part: Part) -> Translated:
-    return latent_diffusion(part, inpainting=True)
-
-
 def ddpm(part: Part) -> Translated:
     """DDPM: the same in pixel space, without a condition."""
     network = part.translated("unet_config", NETWORKS, "network").node
-    part.only(
-        "conditioning_key", (None,), "DDPM has no condition; use LatentDiffusion with IdentityFirstStage"
-    )
+    part.only("conditioning_key", (None,), "DDPM has none, LatentDiffusion with IdentityFirstStage has")
     whole = node(
         "latent_diffusion.LatentDiffusion",
         first_stage=pixels(part.take("channels", 3)),
@@ -211,22 +193,18 @@ def ddpm(part: Part) -> Translated:
 
 def denoiser(part: Part) -> dict:
     """The noise schedule and what the network predicts, from the parameters of DDPM."""
-    prediction = part.take("parameterization", "eps")
-    if prediction not in ("eps", "x0", "v"):
-        part.problem("parameterization", f"{prediction!r} is none of eps, x0, v")
+    predictions = ("eps", "x0", "v")
+    prediction = part.only("parameterization", predictions, f"known are {', '.join(predictions)}")
     part.only("v_posterior", (0.0, 0), "only the posterior's own variance (0) is supported")
     schedule = part.given("linear_start", "linear_end", "cosine_s", "timesteps", beta_schedule="schedule")
     schedule |= {"betas": betas} if (betas := part.take("given_betas", None)) is not None else {}
-    return node(
-        "diffusion.denoiser.Denoiser",
-        prediction=prediction,
-        schedule=node("diffusion.schedule.DiscreteSchedule", **schedule),
-    )
+    table = node("diffusion.schedule.DiscreteSchedule", **schedule)
+    return node("diffusion.denoiser.Denoiser", prediction=prediction, schedule=table)
 
 
 MODELS: dict[str, Callable[[Part], Translated]] = {
     "ldm.models.diffusion.ddpm.LatentDiffusion": latent_diffusion,
-    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": latent_inpaint_diffusion,
+    "ldm.models.diffusion.ddpm.LatentInpaintDiffusion": partial(latent_diffusion, inpainting=True),
     "ldm.models.diffusion.ddpm.DDPM": ddpm,
     **FIRST_STAGES,
     **NETWORKS,

@@ -157,11 +157,12 @@ class Part:
         """The value of a key that stands beside `target`."""
         return self._beside.pop(name, default)
 
-    def only(self, name: str, allowed: tuple, why: str) -> None:
+    def only(self, name: str, allowed: tuple, why: str) -> Any:
         """Take a parameter that is known, but only with the values `allowed` (the first is its default)."""
         value = self.take(name, allowed[0])
         if value not in allowed:
             self.problem(name, f"is {value!r}; {why}")
+        return value
 
     def problem(self, name: str, what: str) -> None:
         """A problem with a parameter."""

@@ -231,23 +231,23 @@ DENOISERS = {
 }
 
 # Sides in pixels at which models were published, which their YAMLs do not say.
-_SIZES_OF_VECTORS = {(2816, "eps"): 1024, (2560, "eps"): 1024}  # by (adm_in_channels, prediction)
-_SIZES_OF_TEXTS = {"eps": 512, "v": 768}
+_OF_VECTORS = {(2816, "eps"): 1024, (2560, "eps"): 1024}  # by (adm_in_channels, prediction)
+_OF_TEXTS = {"eps": 512, "v": 768}
 
 
 def image_size(network: Mapping, prediction: str, first: Mapping) -> int:
     """The side in pixels that sampling produces: the published one, else the first stage's resolution."""
-    found = _SIZES_OF_VECTORS.get((network.get("adm_in_channels"), prediction))
+    found = _OF_VECTORS.get((network.get("adm_in_channels"), prediction))
     if found is None and network.get("context_dim") == 1024 and network.get("num_classes") is None:
-        found = _SIZES_OF_TEXTS.get(prediction)
+        found = _OF_TEXTS.get(prediction)
     encoder = first["params"].get("ddconfig") or first["params"].get("encoder") or {}
     return found or encoder.get("resolution", 32)
 
 
 def diffusion_engine(part: Part) -> Translated:
     network = part.translated("network_config", NETWORKS, "network").node
-    out_channels = network["params"].get("out_channels")
-    first = part.translated("first_stage_config", FIRST_STAGES, "first stage", out_channels)
+    channels = network["params"].get("out_channels")
+    first = part.translated("first_stage_config", FIRST_STAGES, "first stage", channels)
     sampler = part.take("sampler_config", None)
     denoise = part.translated("denoiser_config", DENOISERS, "denoiser", sampler)
     scale = part.take("scale_factor", 1.0)
@@ -267,15 +267,13 @@ def diffusion_engine(part: Part) -> Translated:
     part.only("network_wrapper", (None, wrapper), "other wrappers are not supported")
     part.finish(*_ENGINE_IGNORED.split())
     side = size // latent_sizes(first.node)[1]
-    what = f"the image size is not said: {size} pixels are taken (latents of {side})"
-    part.reading.note(part.place(), what)
+    part.reading.note(
+        part.place(), f"the image size is not said: {size} pixels ({side} of latents) are taken"
+    )
 
     def view(model: nn.Module) -> nn.Module:
-        return Shell(
-            model=model.model,
-            first_stage_model=first.view(model.first_stage_model),
-            conditioner=model.conditioner,
-        )
+        stage = first.view(model.first_stage_model)
+        return Shell(model=model.model, first_stage_model=stage, conditioner=model.conditioner)
 
     return Translated(whole, view, averaged="model.", latent_scale=scale)
 

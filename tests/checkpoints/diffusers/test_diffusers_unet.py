@@ -331,13 +331,13 @@ def test_a_later_option_that_is_off_is_no_obstacle(exported):
         ({**PLAIN, "num_attention_blocks": [1, 1]}, "num_attention_blocks"),
         ({**PLAIN, "channel_mult": [2, 4]}, "model_channels"),
         ({**PLAIN, "n_embed": 7}, "n_embed"),
-        ({**PLAIN, "attn_type": "se", "attn_options": {"reduction": 4}}, "attn_type is se"),
+        ({**PLAIN, "attn_type": "se", "attn_options": {"reduction": 4}}, "attn_type is 'se'"),
         ({**PLAIN, "dims": 1}, "dims"),
         ({**CROSS, "resblock_updown": True}, "resblock_updown"),
         ({**CROSS, "disable_middle_self_attn": True}, "middle"),
         ({**CROSS, "disable_middle_transformer": True}, "middle"),
         ({**CROSS, "transformer_depth_middle": 3}, "depth 3"),
-        ({**CROSS, "context_dim": None, "use_spatial_transformer": True}, "no context"),
+        ({**CROSS, "context_dim": None, "use_spatial_transformer": True}, "context_dim is None"),
     ],
 )
 def test_networks_that_diffusers_cannot_hold_are_refused(tmp_path, options, reason):
