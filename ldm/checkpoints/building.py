@@ -77,7 +77,7 @@ def build_empty(tree: Mapping[str, Any], where: str) -> nn.Module:
     part = _checked(tree, where)
     try:
         with _limited():
-            return _model(_without_memory(lambda: configuration.instantiate(part)), where)
+            return _without_memory(lambda: _model(configuration.instantiate(part), where))
     except (configuration.ConfigError, CheckpointError):
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
@@ -105,12 +105,10 @@ def _checked(tree: Mapping[str, Any], where: str, trusted: Collection[str] = ())
     return loaded.model
 
 
-def _without_memory(make: Callable[[], Any]) -> Any:
+def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
     """What `make` builds, on the meta device; buffers that no file holds are computed."""
     with torch.device("meta"):
         made = make()
-    if not isinstance(made, nn.Module):
-        return made
     saved = made.state_dict(keep_vars=True)
     computed = [name for name, buffer in made.named_buffers() if buffer.is_meta and name not in saved]
     if computed:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.compvis_conditions import EMBEDDERS
-from ldm.checkpoints.originals.original_yaml import Part, Shell, Translated
+from ldm.checkpoints.originals.original_yaml import Part, Translated
 from ldm.config.signatures import parameters
 from ldm.models.unet import UNetModel
 
@@ -128,14 +128,16 @@ def latent_diffusion(part: Part, inpainting: bool = False) -> Translated:
     part.finish("clip_denoised", *DIFFUSION_TRAINING.split(), *(_INPAINTING_TRAINING if inpainting else ()))
 
     def view(model: nn.Module) -> nn.Module:
-        shell = Shell(model=model.model, first_stage_model=first.view(model.first_stage_model))
+        theirs = nn.ModuleDict(
+            {"model": model.model, "first_stage_model": first.view(model.first_stage_model)}
+        )
         if cond_is_first:  # the same module under a second name, as in the original's files
-            shell.cond_stage_model = shell.first_stage_model
+            theirs.cond_stage_model = theirs.first_stage_model
         elif embedders:
-            shell.cond_stage_model = model.conditioner.embedders[0]
+            theirs.cond_stage_model = model.conditioner.embedders[0]
         if by_std:
-            shell.register_buffer("scale_factor", torch.ones(()))
-        return shell
+            theirs.register_buffer("scale_factor", torch.ones(()))
+        return theirs
 
     return Translated(whole, view, averaged="model.", latent_scale=scale, scale_in_file=by_std)
 
@@ -188,7 +190,7 @@ def ddpm(part: Part) -> Translated:
         sampler_defaults=SAMPLER_DEFAULTS,
     )
     part.finish(*DIFFUSION_TRAINING.split())
-    return Translated(whole, lambda model: Shell(model=model.model), averaged="model.")
+    return Translated(whole, lambda model: nn.ModuleDict({"model": model.model}), averaged="model.")
 
 
 def denoiser(part: Part) -> dict:

@@ -19,8 +19,6 @@ from ldm.models.encoder_decoder import ddconfig_of
 from ldm.models.unet import UNetModel
 
 _GROUPS = 32  # of every GroupNorm of the original
-_ATTENTIONS = ("vanilla", "linear", "none")
-_NO_LOSS = {"target": "torch.nn.Identity"}
 # Of the UNet's arguments those that the original has not; of the others it has our defaults, but for one.
 _UNET_OURS = (
     *("transformer_depth_middle", "disable_middle_transformer", "attn_type", "attn_options", "num_groups"),
@@ -131,11 +129,12 @@ def _first_stage(model: nn.Module, vq_class: str, reasons: list[str]) -> dict[st
     if ddconfig.pop("num_groups") != _GROUPS:
         reasons.append(f"num_groups of the first stage is not {_GROUPS}")
     ddconfig.pop("attn_options")
-    if ddconfig["attn_type"] not in _ATTENTIONS:
+    if ddconfig["attn_type"] not in ("vanilla", "linear", "none"):
         reasons.append(f"attn_type of the first stage is {ddconfig['attn_type']}")
     if found.get("remap") is not None:
         reasons.append("the codebook's indices are remapped by a list; the original reads it from a file")
-    params = {"embed_dim": found["embed_dim"], "ddconfig": ddconfig, "lossconfig": dict(_NO_LOSS)}
+    no_loss = {"target": "torch.nn.Identity"}
+    params = {"embed_dim": found["embed_dim"], "ddconfig": ddconfig, "lossconfig": no_loss}
     if isinstance(model, AutoencoderKL):
         return {"target": target + "AutoencoderKL", "params": params}
     params = {"n_embed": found["n_embed"], "sane_index_shape": found["sane_index_shape"], **params}
@@ -152,8 +151,6 @@ def _condition(model: LatentDiffusion, reasons: list[str]) -> dict[str, Any]:
     if found is not None:
         return dict(zip(names, found, strict=True))
     listed = ", ".join(f"{type(e).__name__}({e.kind})" for e in embedders)
-    written = (
-        "class labels, class tokens, and texts of BERTEmbedder (8 heads of 64) and CLIP (published sizes)"
-    )
-    reasons.append(f"its conditions are {listed}; written is one of {written}")
+    written = "class labels, class tokens, texts of BERTEmbedder (8 heads of 64) or CLIP (published sizes)"
+    reasons.append(f"its conditions are {listed}; written are {written}")
     return {}

@@ -31,8 +31,7 @@ class Translated:
 
     Attributes:
         node: `{target, params}` as `ldm.config` builds it.
-        view: module -> the same parameters under the names that the original's files have. The view shares
-            them: what is loaded into it is in the module.
+        view: module -> one that shares its parameters, under the names that the original's files have.
         averaged: beginning of the view's names of which files hold averaged copies ("" is all, None none).
         latent_scale: whether the latents' scale stands in the file (`scale_by_std`), as `scale_factor`.
     """
@@ -42,15 +41,6 @@ class Translated:
     averaged: str | None = None
     latent_scale: float | None = None
     scale_in_file: bool = False
-
-
-class Shell(nn.Module):
-    """Modules of others under other names; it computes nothing."""
-
-    def __init__(self, **modules: nn.Module):
-        super().__init__()
-        for name, module in modules.items():
-            self.add_module(name, module)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import nn
 from ldm.checkpoints.description import node
 from ldm.checkpoints.originals import compvis, compvis_conditions
 from ldm.checkpoints.originals.compvis import FIRST_STAGE_TRAINING, latent_sizes
-from ldm.checkpoints.originals.original_yaml import Part, Shell, Translated
+from ldm.checkpoints.originals.original_yaml import Part, Translated
 
 # Parameters of training and logging, and what is chosen when the model is loaded.
 _ENGINE_IGNORED = """
@@ -54,7 +54,7 @@ def _only_images(part: Part) -> None:
 def _quantizer_view(model: nn.Module) -> nn.Module:
     """sgm calls the quantizer `regularization`."""
     theirs = {"quantize": "regularization"}
-    return Shell(**{theirs.get(name, name): module for name, module in model.named_children()})
+    return nn.ModuleDict({theirs.get(name, name): module for name, module in model.named_children()})
 
 
 def _network_of(part: Part, name: str) -> dict:
@@ -273,7 +273,8 @@ def diffusion_engine(part: Part) -> Translated:
 
     def view(model: nn.Module) -> nn.Module:
         stage = first.view(model.first_stage_model)
-        return Shell(model=model.model, first_stage_model=stage, conditioner=model.conditioner)
+        parts = {"model": model.model, "first_stage_model": stage, "conditioner": model.conditioner}
+        return nn.ModuleDict(parts)
 
     return Translated(whole, view, averaged="model.", latent_scale=scale)
 
