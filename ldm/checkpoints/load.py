@@ -135,7 +135,9 @@ def _no_run(path: Path) -> CheckpointError:
     if runs := [name for name in names if native.is_run_folder(path / name)]:
         return CheckpointError(str(path), f"is no run folder itself, but holds these: {some(runs, _LISTED)}")
     if native.is_run_folder(path.parent):
-        return CheckpointError(str(path), f"is a part of a run folder; give {path.parent}, or a file")
+        return CheckpointError(
+            str(path), f"is no run folder, but a part of one; give {path.parent}, or a file"
+        )
     inside = some(names, _LISTED) or "nothing"
     what = f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}"
     if files := _weights_in(path):

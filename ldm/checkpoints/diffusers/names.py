@@ -97,9 +97,8 @@ def places_of(model: nn.Module, class_name: str = "class_embedding") -> Places:
 
 def _first_stage_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(our name, name in `AutoencoderKL` or `VQModel`) of each layer."""
-    yield from (
-        (name, name) for name in ("quant_conv", "post_quant_conv", "quantize") if hasattr(model, name)
-    )
+    around = ("quant_conv", "post_quant_conv", "quantize")
+    yield from ((name, name) for name in around if hasattr(model, name))
     for half, way in (("encoder", "down"), ("decoder", "up")):
         for ours, theirs in (("conv_in",) * 2, ("conv_out",) * 2, ("norm_out", "conv_norm_out")):
             yield f"{half}.{ours}", f"{half}.{theirs}"
@@ -110,9 +109,8 @@ def _first_stage_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
             ours = f"{half}.{way}.{i}"
             block = f"{half}.{way}_blocks.{i if way == 'down' else len(levels) - 1 - i}"
             for kind, theirs in (("block", "resnets"), ("attn", "attentions")):
-                yield from (
-                    (f"{ours}.{kind}.{j}", f"{block}.{theirs}.{j}") for j in range(len(getattr(level, kind)))
-                )
+                for j in range(len(getattr(level, kind))):
+                    yield f"{ours}.{kind}.{j}", f"{block}.{theirs}.{j}"
             if hasattr(level, f"{way}sample"):
                 yield f"{ours}.{way}sample", f"{block}.{way}samplers.0"
 
