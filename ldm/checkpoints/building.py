@@ -1,6 +1,7 @@
 """From a description to a model: built without memory for its weights, then filled from a file."""
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,7 +18,7 @@ from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
 
 #: Where the parts of a model are. A file of weights builds nothing else: no data set that searches the disk,
 #: no loss that downloads.
-_ROOMS = ("ldm.conditioning", "ldm.diffusion", "ldm.latent_diffusion", "ldm.models", "ldm.nn")
+_ROOMS = ("ldm.conditioning.", "ldm.diffusion.", "ldm.latent_diffusion.", "ldm.models.", "ldm.nn.")
 # The largest published models have some 3000 parameters, and 1000 timesteps, 4000 at most.
 _MOST_PARAMETERS = 50_000
 _MOST_TIMESTEPS = 1_000_000
@@ -33,8 +34,7 @@ def build_filled(
 ) -> nn.Module:
     """The described model with these weights, strictly, in eval mode; the description is its attribute.
 
-    Names and sizes are compared before any memory is taken: a tree may ask for more than there is, and the
-    file in which it stands does not.
+    Names and sizes are compared before any memory is taken: a tree may ask for more than there is.
 
     Args:
         tensors: the state dict, or what makes it for the empty model.
@@ -57,8 +57,7 @@ def build_filled(
 def build(tree: Mapping[str, Any], where: str, trusted: Collection[str] = ()) -> nn.Module:
     """The model of a tree with fresh weights, in eval mode.
 
-    Only models and their parts inside `ldm` are built, and nothing else is imported but `trusted` targets: a
-    file must not be able to name other code.
+    Only models and their parts inside `ldm` are built, and nothing else is imported but `trusted` targets.
 
     Raises:
         ConfigError: targets and params that this version does not have, or does not allow.
@@ -78,7 +77,7 @@ def build_empty(tree: Mapping[str, Any], where: str) -> nn.Module:
     part = _checked(tree, where)
     try:
         with _limited():
-            return _model(_without_memory(lambda: configuration.instantiate(part)), where)
+            return _without_memory(lambda: _model(configuration.instantiate(part), where))
     except (configuration.ConfigError, CheckpointError):
         raise
     except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
@@ -96,12 +95,8 @@ def _checked(tree: Mapping[str, Any], where: str, trusted: Collection[str] = ())
     loaded = configuration.loads(json.dumps({"model": tree}), origin=where)
     if not isinstance(tree.get("target"), str):
         configuration.instantiate(loaded.model)  # says what a part is
-    outside = sorted(
-        target
-        for target in set(targets_of(tree)) - set(trusted)
-        if target.startswith("ldm.") and not any(target.startswith(f"{room}.") for room in _ROOMS)
-    )
-    if outside:
+    own = {target for target in targets_of(tree) if target.startswith("ldm.")} - set(trusted)
+    if outside := sorted(target for target in own if not target.startswith(_ROOMS)):
         raise CheckpointError(where, f"asks for {', '.join(outside)}, which is no part of a model")
     steps = [n for n in values_of(tree, "timesteps") if isinstance(n, int | float) and n > _MOST_TIMESTEPS]
     if steps:
@@ -110,16 +105,14 @@ def _checked(tree: Mapping[str, Any], where: str, trusted: Collection[str] = ())
     return loaded.model
 
 
-def _without_memory(make: Callable[[], Any]) -> Any:
+def _without_memory(make: Callable[[], nn.Module]) -> nn.Module:
     """What `make` builds, on the meta device; buffers that no file holds are computed."""
     with torch.device("meta"):
         made = make()
-    if not isinstance(made, nn.Module):
-        return made
     saved = made.state_dict(keep_vars=True)
     computed = [name for name, buffer in made.named_buffers() if buffer.is_meta and name not in saved]
     if computed:
-        with _parameters_on_meta():
+        with _at_each_parameter(_to_meta):
             real = dict(make().named_buffers())
         for name in computed:
             path, _, leaf = name.rpartition(".")
@@ -129,26 +122,20 @@ def _without_memory(make: Callable[[], Any]) -> Any:
 
 def _limited() -> contextlib.AbstractContextManager:
     """Stop a description that asks for an absurd number of layers before they fill the memory."""
-    made = 0
+    numbers = itertools.count(1)
 
     def count(parameter: nn.Parameter | None) -> None:
-        nonlocal made
-        made += 1
-        if made > _MOST_PARAMETERS:
+        if next(numbers) > _MOST_PARAMETERS:
             raise ValueError(f"more than {_MOST_PARAMETERS} parameters, which is absurd")
 
     return _at_each_parameter(count)
 
 
-def _parameters_on_meta() -> contextlib.AbstractContextManager:
-    """Parameters lose their memory as soon as a module has them; buffers keep theirs."""
-
-    def move(parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-    return _at_each_parameter(move)
+def _to_meta(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """A parameter without its memory; buffers keep theirs."""
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
 
 @contextlib.contextmanager

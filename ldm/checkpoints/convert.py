@@ -17,11 +17,7 @@ _OTHER_FILES = (".ckpt", ".safetensors", ".pt", ".bin")
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote.
-
-    path: the file, or the folder of diffusers. files: everything that was written.
-    notes: what of `config` was not read.
-    """
+    """What `convert` wrote: the file or folder, all files, and what of `config` was not read."""
 
     path: Path
     files: tuple[Path, ...]
@@ -50,17 +46,16 @@ def convert(
         FileExistsError: something is at `target` already; nothing was written.
     """
     source, target = Path(source), _target(Path(source), Path(target), to)
-    if to != "diffusers" and not overwrite:
-        for file in (target, target.with_suffix(".yaml")) if to == "compvis" else (target,):
-            if file.exists():
-                raise FileExistsError(f"{file} exists already, and is not to be overwritten")
+    files = (target, target.with_suffix(".yaml")) if to == "compvis" else (target,)
+    taken = [] if overwrite or to == "diffusers" else [file for file in files if file.exists()]
+    if taken:
+        raise FileExistsError(f"{taken[0]} exists already, and is not to be overwritten")
     model = load(source, config, ema)
     target.parent.mkdir(parents=True, exist_ok=True)
     if to == "native":
         native.save_model(target, model.state_dict(), model.description)
-        files = (target,)
     elif to == "compvis":
-        files = (target, save_compvis(model, target))
+        save_compvis(model, target)
     else:
         save_diffusers(model, target)
         files = tuple(sorted(file for file in target.rglob("*") if file.is_file()))

@@ -13,18 +13,11 @@ from typing import Any
 from torch import nn
 
 from ldm.arguments import recorded
+from ldm.config.annotations import mismatch
+from ldm.config.signatures import field_types
 from ldm.weights.errors import CheckpointError, UnsupportedCheckpoint
 
 FORMAT = "ldm/1"
-_KINDS = {
-    "model": Mapping,
-    "classes": list | None,
-    "image_size": int | list | None,
-    "sampling": Mapping | None,
-    "weights": str | None,
-    "step": int | None,
-    "notes": list | None,
-}
 # Written only where they say something.
 _OPTIONAL = ("image_size", "step", "notes")
 
@@ -72,13 +65,11 @@ class Description(Mapping):
         if not isinstance(found, Mapping):
             raise CheckpointError(where, f"describes its model by a {type(found).__name__}, not by a mapping")
         check_format(found.get("format"), where)
-        given = {key: found.get(key) for key in _KINDS}
-        for key, value in given.items():
-            if not isinstance(value, _KINDS[key]):
-                raise CheckpointError(where, f"its description's {key!r} is a {type(value).__name__}")
-        if not all(isinstance(name, str) for name in found.get("classes") or []):
-            raise CheckpointError(where, "its description's 'classes' are not all names")
-        return cls(**given)
+        kinds = {name: kind for name, kind in field_types(cls).items() if name != "format"}
+        for name, kind in kinds.items():
+            if wrong := mismatch(found.get(name), kind):
+                raise CheckpointError(where, f"its description's {name!r}: {wrong}")
+        return cls(**{name: found.get(name) for name in kinds})
 
     def plain(self) -> dict[str, Any]:
         """What is written to files."""
@@ -96,9 +87,6 @@ class Description(Mapping):
     def __getitem__(self, name: str) -> Any:
         return self.plain()[name]
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self, name, value)
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.plain())
 
@@ -108,14 +96,11 @@ class Description(Mapping):
 
 def check_format(given: Any, where: str) -> None:
     """Refuse what a newer version wrote, or somebody else."""
-    if given == FORMAT:
-        return
-    number = re.fullmatch(r"ldm/([0-9]+)", str(given))
-    if number and int(number[1]) > int(FORMAT.removeprefix("ldm/")):
-        what = f"was written by a newer version of the toolkit (format {given}); upgrade ldm-toolkit"
-    else:
-        what = f"has format {given!r}"
-    raise UnsupportedCheckpoint(where, f"{what}. This version reads {FORMAT}")
+    if given != FORMAT:
+        number = re.fullmatch(r"ldm/([0-9]+)", str(given))
+        newer = number and int(number[1]) > int(FORMAT.removeprefix("ldm/"))
+        who = " of a newer version of the toolkit (upgrade it)" if newer else ""
+        raise UnsupportedCheckpoint(where, f"has format {given!r}{who}; this version reads {FORMAT}")
 
 
 def described(model: nn.Module) -> Description:
@@ -139,7 +124,8 @@ def _node(part: Any, place: str, reasons: list[str]) -> Any:
     """{target, params} of a part; what now stands under an argument's name is described in its place."""
     made = recorded(part)
     if made is None:
-        reasons.append(f"{place} is a {_name(part)}, which does not remember how it was made")
+        kind = f"{type(part).__module__}.{type(part).__qualname__}".removeprefix("builtins.")
+        reasons.append(f"{place} is a {kind}, which does not remember how it was made")
         return None
     target, arguments = made
     params = {}
@@ -156,8 +142,7 @@ def _replaced(argument: Any, part: Any) -> bool:
     """Whether nothing of a module that a part was made with is in it any more."""
     if not isinstance(argument, nn.Module) or not isinstance(part, nn.Module):
         return False
-    own = set(map(id, part.parameters()))
-    given = set(map(id, argument.parameters()))
+    own, given = (set(map(id, module.parameters())) for module in (part, argument))
     return bool(given) and own.isdisjoint(given)
 
 
@@ -174,11 +159,6 @@ def _value(value: Any, place: str, reasons: list[str]) -> Any:
     if hasattr(value, "tolist"):  # tensors and arrays
         return value.tolist()
     return _node(value, place, reasons)
-
-
-def _name(thing: Any) -> str:
-    kind = type(thing)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def node(target: str, **params: Any) -> dict[str, Any]:

@@ -17,7 +17,15 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 
 @dataclass
 class KeyReport:
-    """Every way in which a file and a module differ; see `KeyMismatch`."""
+    """Every way in which a file and a module differ.
+
+    Attributes:
+        missing: name -> shape of what the module has and the file lacks.
+        extra: name -> shape of what the file has and the module does not know.
+        misshaped: name -> (shape in the file, shape in the module).
+        mistyped: name -> (type in the file, type in the module), where no conversion keeps the meaning.
+        contradictory: names of one tied parameter for which the file has different values.
+    """
 
     missing: dict[str, Shape] = field(default_factory=dict)
     extra: dict[str, Shape] = field(default_factory=dict)
@@ -31,21 +39,16 @@ class KeyReport:
 
     def text(self, module: str) -> str:
         """The report, with a guess at the reason where one explains it."""
+        sections = {
+            "missing from the file": self.missing,
+            "in the file, but unknown to the module": self.extra,
+            "of another shape": _both(self.misshaped),
+            "of another type": _both(self.mistyped),
+            "one parameter in the module, but different in the file": dict.fromkeys(self.contradictory, ""),
+        }
+        lines = [line for title, entries in sections.items() for line in _section(title, entries)]
         hint = explanation(self.missing, self.extra)
-        return "\n".join(
-            [
-                f"does not fit {module}",
-                *_section("missing from the file", self.missing),
-                *_section("in the file, but unknown to the module", self.extra),
-                *_section("of another shape", _both(self.misshaped)),
-                *_section("of another type", _both(self.mistyped)),
-                *_section(
-                    "one parameter in the module, but different in the file",
-                    dict.fromkeys(self.contradictory, ""),
-                ),
-                *([hint] if hint else []),
-            ]
-        )
+        return "\n".join([f"does not fit {module}", *lines, *([hint] if hint else [])])
 
 
 def _both(pairs: Mapping[str, tuple]) -> dict[str, str]:
@@ -66,8 +69,7 @@ def _section(title: str, entries: Mapping[str, object]) -> list[str]:
 
 def group_by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
     """Names under their longest dotted prefixes of one length that make at most a dozen groups."""
-    names = list(names)
-    best: dict[str, list[str]] = {}
+    names, best = list(names), {}
     for depth in range(1, max(name.count(".") for name in names) + 2):
         groups: dict[str, list[str]] = {}
         for name in names:
@@ -77,11 +79,11 @@ def group_by_prefix(names: Iterable[str]) -> dict[str, list[str]]:
         if best and len(groups) > _GROUPS:
             break
         best = groups
-    if len(best) > _GROUPS:  # flat names: show the largest groups only
-        largest = sorted(best, key=lambda label: -len(best[label]))[: _GROUPS - 1]
-        rest = [name for label in best if label not in largest for name in best[label]]
-        best = {**{label: best[label] for label in largest}, "others": rest}
-    return best
+    # Flat names: the largest groups, and the others in one.
+    largest = sorted(best, key=lambda label: -len(best[label]))
+    kept = largest if len(best) <= _GROUPS else largest[: _GROUPS - 1]
+    others = [name for label in best if label not in kept for name in best[label]]
+    return {label: best[label] for label in best if label in kept} | ({"others": others} if others else {})
 
 
 def explanation(missing: Iterable[str], extra: Iterable[str]) -> str | None:
@@ -99,10 +101,8 @@ def explanation(missing: Iterable[str], extra: Iterable[str]) -> str | None:
             return f"  {share} missing names are in the file {how.format(prefix)}."
     prefix, found = behind
     if found > len(extra) / 2:
-        return (
-            f"  {found} of {len(extra)} unknown names in the file are missing ones without their {prefix!r}: "
-            "it may hold that part of the model alone, which loads with that part's own config."
-        )
+        what = f"unknown names in the file are missing ones without their {prefix!r}"
+        return f"  {found} of {len(extra)} {what}: it may hold that part of the model alone."
     close = {name: nearest(name, extra) for name in sorted(missing)} if len(missing) <= 5 else {}
     pairs = [f"{name} may be {match}" for name, match in close.items() if match]
     return f"  Nearest names: {', '.join(pairs)}." if pairs else None

@@ -32,20 +32,17 @@ def load(
     Args:
         path: a run folder, its `model.safetensors`, or one of its checkpoints; a folder of diffusers (a
             pipeline or one of its parts); or, with `config`, a checkpoint of the original latent diffusion,
-            Stable Diffusion, sgm or OpenAI's diffusion projects, the index of its shards, or the folder in
-            which it is the only one.
+            Stable Diffusion, sgm or OpenAI's diffusion projects, the index of its shards, or its folder.
         config: the YAML of the original project, unchanged (see `originals.published`), or one of this
             toolkit, for a file that does not describe its model itself. For a model trained here that has
-            classes of yours, the training config: what this names outside `ldm` is then imported. The
-            training config of an autoencoder also describes a bare file of its weights.
+            classes of yours, the training config: what this names outside `ldm` is then imported.
         ema: take the averaged weights where there are any; False takes the raw ones.
         device, dtype: where the model goes and, if given, the type of its floating-point parameters. Latents
             and images keep their own type, whatever the parameters have.
 
     Raises:
-        FileNotFoundError: nothing is there; says what is near.
-        CheckpointError: the file is no model of this toolkit, is damaged, or has missing, extra or mis-shaped
-            keys.
+        FileNotFoundError: nothing is there.
+        CheckpointError: the file is no model, is damaged, or has missing, extra or mis-shaped keys.
         ConfigError: `config` is no YAML of a model, or asks for what is not here.
         ValueError: `dtype` is no floating-point type.
     """
@@ -69,17 +66,15 @@ def load(
 def _load_own(path: Path, ema: bool, trusted: frozenset[str] = frozenset()) -> nn.Module:
     """The model in a file or folder that describes it."""
     if native.is_run_folder(path):
-        if not native.describes_itself(path) and (files := _weights_in(path)):
-            what = f"is no run of this toolkit: it holds {files[-1].relative_to(path)}"
-            raise CheckpointError(str(path), what + _published(files[-1]))
-        return native.load_run(path, ema, trusted)
+        if native.describes_itself(path) or not (files := _weights_in(path)):
+            return native.load_run(path, ema, trusted)
+        raise _foreign(path, f"is no run of this toolkit: it holds {files[-1].relative_to(path)}", files[-1])
     if diffusers_folder.is_diffusers_folder(path):
         return diffusers_folder.load_diffusers(path, ema)
     if path.is_dir():
-        raise CheckpointError(str(path), _no_run(path))
+        raise _no_run(path)
     if path.name.endswith(INDEX) or (path.suffix == ".safetensors" and native.read_description(path) is None):
-        what = "holds weights, but no description of their model"
-        raise CheckpointError(str(path), what + _published(path))
+        raise _foreign(path, "holds weights, but no description of their model", path)
     if path.suffix == ".safetensors":
         return native.load_model(path, ema, trusted)
     try:
@@ -88,7 +83,7 @@ def _load_own(path: Path, ema: bool, trusted: frozenset[str] = frozenset()) -> n
         if compvis_export.is_exported(path):
             return compvis_export.load_exported(path, ema)
         if type(error) is CheckpointError:  # whole and safe, but of another kind
-            raise CheckpointError(error.where, error.reason + _published(path)) from error
+            raise _foreign(path, error.reason, path) from error
         raise
 
 
@@ -98,18 +93,19 @@ def _describes_itself(path: Path) -> bool:
     return path.is_file() and compvis_export.is_exported(path)
 
 
-def _published(path: Path) -> str:
-    """The original's runs keep their configs in a folder beside that of the checkpoints."""
-    beside = [*sorted(path.parent.glob("*.y*ml")), *sorted(path.parent.parent.glob("configs/*-project.yaml"))]
-    example = beside[0] if beside else "the YAML it was trained with"
-    return f". A file of another project needs that project's config: config={str(example)!r}"
+def _foreign(path: Path, what: str, file: Path) -> CheckpointError:
+    """Of another project's file; the original's runs have a folder of configs beside the checkpoints'."""
+    beside = [*sorted(file.parent.glob("*.y*ml")), *sorted(file.parent.parent.glob("configs/*-project.yaml"))]
+    config = str(beside[0] if beside else "the YAML it was trained with")
+    advice = f"A file of another project needs that project's config: config={config!r}"
+    return CheckpointError(str(path), f"{what}. {advice}")
 
 
 def _one_file(path: Path) -> Path:
     """The file of weights that a folder beside a config stands for, if it holds just one."""
     if not path.is_dir():
         return path
-    indices = sorted(path.glob(f"*{INDEX}"))
+    indices = list(path.glob(f"*{INDEX}"))
     files = indices if len(indices) == 1 else _weights_in(path)
     if len(files) > 1:
         names = some([str(file.relative_to(path)) for file in files], _LISTED)
@@ -127,21 +123,23 @@ def _not_found(path: Path) -> str:
     """What the path should be, and what the nearest folder that exists has."""
     here, whole = Path.cwd(), path.absolute()
     folder = next(parent for parent in whole.parents if parent.is_dir())
-    relative = not path.is_absolute() and folder.is_relative_to(here)
-    shown = folder.relative_to(here) if relative else folder
+    shown = folder.relative_to(here) if not path.is_absolute() and folder.is_relative_to(here) else folder
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     found = nearest(whole.relative_to(folder).parts[0], names)
     has = f"Did you mean {shown / found}?" if found else f"{shown}/ has {some(names, _LISTED) or 'nothing'}."
     return f"{path} does not exist; give a run folder, a {native.MODEL_FILE} or a checkpoint. {has}"
 
 
-def _no_run(path: Path) -> str:
+def _no_run(path: Path) -> CheckpointError:
     names = sorted(p.name for p in path.iterdir())
-    runs = [name for name in names if native.is_run_folder(path / name)]
-    if runs:
-        return f"is no run folder itself, but holds these: {some(runs, _LISTED)}"
+    if runs := [name for name in names if native.is_run_folder(path / name)]:
+        return CheckpointError(str(path), f"is no run folder itself, but holds these: {some(runs, _LISTED)}")
     if native.is_run_folder(path.parent):
-        return f"is no run folder, but a part of one; give {path.parent}, or a file"
-    inside, files = some(names, _LISTED) or "nothing", _weights_in(path)
-    hint = f". {files[0].name} may be another project's" + _published(files[0]) if files else ""
-    return f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}{hint}"
+        return CheckpointError(
+            str(path), f"is no run folder, but a part of one; give {path.parent}, or a file"
+        )
+    inside = some(names, _LISTED) or "nothing"
+    what = f"is no run folder: it has no {native.MODEL_FILE} and no checkpoints/, but {inside}"
+    if files := _weights_in(path):
+        return _foreign(path, f"{what}. {files[0].name} may be another project's", files[0])
+    return CheckpointError(str(path), what)

@@ -23,13 +23,10 @@ _TRAINING_KEYS = ("description", "ema", "model", "step")
 
 
 def build(description: Mapping, where: str, trusted: Collection[str] = ()) -> nn.Module:
-    """The model of a description, with fresh weights, in eval mode; see `building.build`."""
-    return building.build(Description.read(description, where).model, where, trusted)
-
-
-def describe(model: nn.Module, description: Mapping, where: str = "the description") -> nn.Module:
-    """Attach what is known about a model: `model.description`, read by sampling for classes and defaults."""
-    model.description = Description.read(description, where)
+    """The model of a description, which it keeps, with fresh weights, in eval mode; see `building.build`."""
+    known = Description.read(description, where)
+    model = building.build(known.model, where, trusted)
+    model.description = known
     return model
 
 
@@ -67,9 +64,7 @@ def load_model(path: Path, ema: bool = True, trusted: Collection[str] = ()) -> n
 
 
 def save_training(path: Path, state: Mapping) -> None:
-    """Write a training checkpoint (plain containers and tensors only) without ever harming the previous
-    one.
-    """
+    """Write a training checkpoint (plain containers and tensors only); a previous one is never harmed."""
     with whole_file(path, durable=True) as file:
         torch.save(dict(state), file)
 
@@ -78,9 +73,8 @@ def read_training(path: Path) -> dict:
     """A training checkpoint of ours, on the CPU; nothing in it is executed.
 
     Raises:
-        CorruptCheckpoint: the file is truncated or damaged.
-        UnsafeCheckpoint: it asks for code to be run; nothing of it was.
-        CheckpointError: it is whole, but of another kind.
+        CheckpointError: it is damaged (CorruptCheckpoint), asks for code to be run (UnsafeCheckpoint), or is
+            whole, but of another kind.
     """
     try:
         state = read_pickled(path)
@@ -90,8 +84,7 @@ def read_training(path: Path) -> dict:
     if not isinstance(state, dict) or not str(state.get("format")).startswith("ldm/"):
         raise CheckpointError(str(path), "is no training checkpoint of this toolkit")
     check_format(state["format"], str(path))
-    missing = [key for key in _TRAINING_KEYS if key not in state]
-    if missing:
+    if missing := [key for key in _TRAINING_KEYS if key not in state]:
         raise CheckpointError(str(path), f"is a training checkpoint without {', '.join(missing)}")
     Description.read(state["description"], str(path))
     for key in ("model", "ema"):
@@ -129,7 +122,7 @@ def describes_itself(path: Path) -> bool:
     if path.name.endswith(INDEX):
         return False
     try:
-        return str(read_training(path)["format"]).startswith("ldm/")
+        return bool(read_training(path))
     except CorruptCheckpoint:
         raise
     except CheckpointError:
@@ -137,11 +130,7 @@ def describes_itself(path: Path) -> bool:
 
 
 def load_run(run: Path, ema: bool = True, trusted: Collection[str] = ()) -> nn.Module:
-    """The model of a run folder: its `model.safetensors`, or for raw weights its newest checkpoint.
-
-    Raises:
-        CheckpointError: there are no such weights.
-    """
+    """The model of a run folder: its `model.safetensors`, or for raw weights its newest checkpoint."""
     exported, checkpoint = run / MODEL_FILE, newest_training(run)
     if exported.exists() and (ema or checkpoint is None):
         return load_model(exported, ema, trusted)

@@ -23,8 +23,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
         path: ends in `.safetensors`, or is a folder, which gets `model.safetensors`.
 
     Raises:
-        NotExpressible: (a ValueError) parts that do not say how they were made, each with its place; or the
-            model has other parameters than what it was made with gives.
+        NotExpressible: (a ValueError) parts that do not say how they were made, or parameters that were
+            changed since.
         ValueError: another ending.
     """
     path = Path(path)

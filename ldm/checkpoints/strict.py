@@ -29,15 +29,7 @@ HARMLESS = TABLES | {
 
 
 class KeyMismatch(CheckpointError):
-    """A state dict and a module do not fit; the module was not touched.
-
-    Attributes:
-        missing: name -> shape of what the module has and the file lacks.
-        extra: name -> shape of what the file has and the module does not know.
-        misshaped: name -> (shape in the file, shape in the module).
-        mistyped: name -> (type in the file, type in the module), where no conversion keeps the meaning.
-        contradictory: names of one tied parameter for which the file has different values.
-    """
+    """A state dict and a module do not fit; the module was not touched. Has the attributes of `KeyReport`."""
 
     def __init__(self, where: str, module: str, report: KeyReport):
         super().__init__(where, report.text(module))
@@ -45,11 +37,7 @@ class KeyMismatch(CheckpointError):
 
 
 class NonFiniteWeights(CheckpointError):
-    """Weights that are NaN or infinite, or become so in the module's type; the module was not touched.
-
-    Attributes:
-        names: of the tensors.
-    """
+    """Weights, `names`, are NaN or infinite or become so in the module's type; it was not touched."""
 
     def __init__(self, where: str, names: list[str]):
         what = "tensors are NaN or infinite, or too large for the module's type"
@@ -69,8 +57,7 @@ def load_strict(
     """Copy a state dict into a module, every key of both sides accounted for.
 
     Everything is checked before the module is touched. Of a tied parameter one name suffices. Floating-point
-    tensors are converted to the type that the module has; integers and bools must have the module's type
-    exactly.
+    tensors are converted to the module's type; integers and bools must have it.
 
     Args:
         module: with parameters and persistent buffers named as in the file.
@@ -78,26 +65,25 @@ def load_strict(
         ignore: patterns of extra keys that may be left out, as in `HARMLESS`. A missing key is never ignored.
         where: the file, for messages.
         assign: put the tensors themselves into the module instead of copying their values; needed for a
-            module on the meta device, and saves memory. Where types agree, its parameters are then views of
-            the tensors. Buffers that are not persistent are in no state dict and stay as they are.
-        name: what to call the module in messages, where its class's name says little.
+            module on the meta device. Where types agree, its parameters are then views of the tensors.
+        name: of the module in messages.
 
     Raises:
-        KeyMismatch: keys are missing, extra, of another shape or type; has all of them.
-        NonFiniteWeights: some values are NaN or infinite in the module's type.
+        KeyMismatch, NonFiniteWeights: with everything that does not fit.
         CheckpointError: `tensors` are on the meta device, or the module is and `assign` is False.
     """
     name = name or type(module).__name__
     targets = _targets(module, where)
     check_keys(targets, tensors, ignore=ignore, where=where, name=name)
     used = {key: tensor for key, tensor in tensors.items() if key in targets}
-    _check_devices(targets, used, where, assign)
+    if empty := [key for key, tensor in used.items() if tensor.is_meta]:
+        raise CheckpointError(where, f"was read for its shapes only: {len(empty)} tensors have no data")
+    if (meta := [key for key, target in targets.items() if target.is_meta]) and not assign:
+        raise CheckpointError(where, f"needs assign=True for the meta device, where {some(meta, 1)} are")
     aliases = _aliases(targets)
-    report = KeyReport(contradictory=_contradictions(used, aliases))
-    if not report.empty:
-        raise KeyMismatch(where, name, report)
-    broken = [key for key, tensor in used.items() if not _fits(tensor, targets[key].dtype)]
-    if broken:
+    if contradictory := _contradictions(used, aliases):
+        raise KeyMismatch(where, name, KeyReport(contradictory=contradictory))
+    if broken := [key for key, tensor in used.items() if not _fits(tensor, targets[key].dtype)]:
         raise NonFiniteWeights(where, broken)
     if assign:
         _assign(module, targets, used, aliases)
@@ -126,12 +112,9 @@ def check_keys(
     aliases = _aliases(targets)
     extra = {key: tuple(tensor.shape) for key, tensor in tensors.items() if key not in targets}
     pairs = {key: (tensor, targets[key]) for key, tensor in tensors.items() if key in targets}
+    absent = [key for key in targets if not any(alias in tensors for alias in aliases[key])]
     report = KeyReport(
-        missing={
-            key: tuple(target.shape)
-            for key, target in targets.items()
-            if not any(alias in tensors for alias in aliases[key])
-        },
+        missing={key: tuple(targets[key].shape) for key in absent},
         extra={key: shape for key, shape in extra.items() if not ignored(key, ignore)},
         misshaped={k: (tuple(a.shape), tuple(b.shape)) for k, (a, b) in pairs.items() if a.shape != b.shape},
         mistyped={k: (a.dtype, b.dtype) for k, (a, b) in pairs.items() if not _convertible(a.dtype, b.dtype)},
@@ -148,8 +131,7 @@ def ignored(name: str, patterns: Collection[str] = HARMLESS) -> bool:
 def _targets(module: nn.Module, where: str) -> dict[str, Tensor]:
     """The module's parameters and persistent buffers themselves."""
     targets = module.state_dict(keep_vars=True)
-    odd = [name for name, value in targets.items() if not isinstance(value, Tensor)]
-    if odd:
+    if odd := [name for name, value in targets.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(where, f"{type(module).__name__} keeps state that is no tensor: {some(odd)}")
     return dict(targets)
 
@@ -175,17 +157,6 @@ def _convertible(source: torch.dtype, target: torch.dtype) -> bool:
     """Between floating-point types, between complex ones, or not at all."""
     both_float = source.is_floating_point and target.is_floating_point
     return source == target or both_float or (source.is_complex and target.is_complex)
-
-
-def _check_devices(
-    targets: Mapping[str, Tensor], used: Mapping[str, Tensor], where: str, assign: bool
-) -> None:
-    empty = [name for name, tensor in used.items() if tensor.is_meta]
-    if empty:
-        raise CheckpointError(where, f"was read for its shapes only: {len(empty)} tensors have no data")
-    meta = [name for name, target in targets.items() if target.is_meta]
-    if meta and not assign:
-        raise CheckpointError(where, f"needs assign=True for the meta device, where {some(meta, 1)} are")
 
 
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:

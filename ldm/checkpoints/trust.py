@@ -1,8 +1,4 @@
-"""Code outside `ldm` that a file of weights may ask for: what the user's own YAML names, and nothing else.
-
-A model with classes of one's own says in its file how it is built, but a file cannot be believed. A training
-config that the user hands over beside it can: the targets in it are his.
-"""
+"""Code outside `ldm` that a file of weights may ask for: what the user's own YAML names, and nothing else."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +10,14 @@ from ldm.checkpoints.originals.original_yaml import read_tree
 
 
 def is_run_config(config: str | Path | Mapping) -> bool:
-    """Whether this is the YAML of a training run, a file or its content, not that of another project.
-
-    Raises:
-        ConfigError: no such file, or it is no YAML.
-    """
+    """Whether this is the YAML of a training run, not that of another project; raises as `read_tree`."""
     tree, _ = read_tree(config)
     return "task" in tree or "base" in tree
 
 
 def trusted_targets(config: str | Path | Mapping) -> frozenset[str]:
-    """All targets in a training config, in its base, and in the first stage's config where it names one; its
-    sampler too.
-
-    Raises:
-        ConfigError: a file that is not there, or is no YAML.
+    """All targets in a training config and its sampler, in its base and its first stage's config; raises as
+    `read_tree`.
     """
     tree, _ = read_tree(config)
     plain = OmegaConf.to_container(tree, resolve=False)

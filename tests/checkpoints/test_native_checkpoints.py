@@ -265,7 +265,7 @@ def test_garbage_is_a_damaged_checkpoint(tmp_path):
 
 def test_a_newer_format_is_named(run, tmp_path):
     path = save(tmp_path / "model.safetensors", description(format="ldm/2"))
-    with pytest.raises(UnsupportedCheckpoint, match=r"newer version.*ldm/2\); upgrade.*reads ldm/1"):
+    with pytest.raises(UnsupportedCheckpoint, match=r"ldm/2.*newer version.*upgrade.*reads ldm/1"):
         ldm.load(path)
     state = native.read_training(run / "checkpoints" / "step-00000002.ckpt")
     native.save_training(tmp_path / "step.ckpt", {"format": "ldm/12", "step": state["step"]})
@@ -281,11 +281,11 @@ def test_a_newer_format_is_named(run, tmp_path):
         ("{", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ([1], "by a list"),
-        ({"format": "ldm/1"}, "'model' is a NoneType"),
-        (description(classes="cat"), "'classes' is a str"),
-        (description(classes=[1]), "not all names"),
-        (description(sampling=[]), "'sampling' is a list"),
-        (description(weights=1), "'weights' is a int"),
+        ({"format": "ldm/1"}, "'model'.*null"),
+        (description(classes="cat"), "'classes'.*'cat'"),
+        (description(classes=[1]), "'classes'.*1"),
+        (description(sampling=[]), "'sampling'.*list"),
+        (description(weights=1), "'weights'.*1"),
         (
             {**description(), "model": {"target": "ldm.models.unet.UNetModle"}},
             "did you mean ldm.models.unet.UNetModel",

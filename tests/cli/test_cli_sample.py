@@ -235,7 +235,7 @@ def test_classes_do_not_change_the_noise(runs, tmp_path, cli):
 
 def test_request_goes_before_the_models_own(runs):
     model = ldm.load(runs / "eps")
-    model.description["sampling"] = {
+    model.description.sampling = {
         "sampler": "ddim",
         "steps": 7,
         "guidance": 3.0,
@@ -249,7 +249,7 @@ def test_request_goes_before_the_models_own(runs):
     other = Sampling.of(model, "heun")
     assert other == replace(own, sampler="heun", options={}, spacing=None)
     assert Sampling.of(model, sampler="ddim") == own
-    model.description["sampling"] = None
+    model.description.sampling = None
     assert Sampling.of(model).steps == 30
 
 
@@ -669,11 +669,11 @@ def test_safe_names_are_safe(name):
 
 def test_names_of_classes_that_are_unknown(runs):
     model = ldm.load(runs / "flow")
-    model.description["classes"] = None
+    model.description.classes = None
     assert choose_labels(model, "0,2", 1) == [0, 2]
-    model.description["classes"] = CLASSES[:2]
+    model.description.classes = CLASSES[:2]
     assert choose_labels(model, "dog,2", 1) == [1, 2]
-    model.description["classes"] = [*CLASSES, "bird"]
+    model.description.classes = [*CLASSES, "bird"]
     with pytest.raises(ValueError, match="names 4 classes, but was built for 3"):
         choose_labels(model, None, 1)
 
@@ -687,7 +687,7 @@ def test_other_conditions_are_not_guessed(runs):
 
 def test_unknown_settings_of_the_model(runs):
     model = ldm.load(runs / "flow")
-    model.description["sampling"] = {"sampler": "euler", "sigma_max": 80}
+    model.description.sampling = {"sampler": "euler", "sigma_max": 80}
     with pytest.raises(ValueError, match="sampling.sigma_max: unknown"):
         Sampling.of(model)
 

@@ -571,6 +571,6 @@ def test_models_that_the_command_does_not_know(models, photos):
 def test_long_names_are_cut(models, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / ("狐" * 60 + ".png"))
     model = ldm.load(models / "both")
-    model.description["classes"] = ["狐" * 100, "b", "c"]
+    model.description.classes = ["狐" * 100, "b", "c"]
     (name,) = choose(model, 1, "0", tmp_path).file_names()
     assert name == f"00000-{'狐' * 24}-{'狐' * 24}.png"

@@ -1,7 +1,6 @@
 """Reading folders of diffusers: a pipeline, one of its parts, or what `ldm convert --to diffusers` wrote.
 
-diffusers itself only warns when weights are missing, and computes with fresh ones. Here every key of every
-file is accounted for, and a config that asks for something that is not built here is refused with the reason.
+Every key of every file is accounted for; diffusers itself only warns where weights are missing.
 """
 
 import json
@@ -13,13 +12,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.building import build_filled
 from ldm.checkpoints.description import Description
-from ldm.checkpoints.diffusers import export as diffusers_export
-from ldm.checkpoints.diffusers.export import CONDITIONER, CONFIG, INDEX, NOTE, NOTE_FORMAT, TABLE_PREFIX
-from ldm.checkpoints.diffusers.model_config import read_config
+from ldm.checkpoints.diffusers import export
+from ldm.checkpoints.diffusers.export import CONDITIONER, INDEX, NOTE, NOTE_FORMAT, TABLE_LAYERS, TABLE_PREFIX
+from ldm.checkpoints.diffusers.model_config import CONFIG, read_config
 from ldm.checkpoints.diffusers.part import CLASS_TABLE, part_tensors, part_tree, prefixed, weights_file
 from ldm.checkpoints.diffusers.pipeline import load_pipeline
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.models.autoencoder import IdentityFirstStage
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint
 from ldm.weights.reading import read_weights
 
@@ -52,11 +50,9 @@ def load_diffusers(folder: str | Path, ema: bool = True) -> nn.Module:
         return _load_noted(folder, ema)
     if (folder / INDEX).is_file():
         return load_pipeline(folder, ema)
-    config = read_config(folder / CONFIG)
-    tree = part_tree(config, str(folder / CONFIG))
-    return build_filled(
-        Description(tree), lambda model: part_tensors(folder, model, config, ema), str(folder)
-    )
+    where = str(folder / CONFIG)
+    known = Description(part_tree(read_config(folder / CONFIG), where))
+    return build_filled(known, lambda model: part_tensors(folder, model, ema), str(folder))
 
 
 def _load_noted(folder: Path, ema: bool) -> nn.Module:
@@ -70,11 +66,11 @@ def _load_noted(folder: Path, ema: bool) -> nn.Module:
     def tensors(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(model, LatentDiffusion):
             return _noted_tensors(folder, model, note, ema)
-        return part_tensors(folder, model, read_config(folder / CONFIG), ema)
+        return part_tensors(folder, model, ema)
 
     model = build_filled(description, tensors, where)
     _check_configs(folder, model)
-    if isinstance(model, LatentDiffusion) and diffusers_export.has_class_table(model):
+    if isinstance(model, LatentDiffusion):
         _check_table(folder, model, ema)
     return model
 
@@ -84,30 +80,28 @@ def _noted_tensors(folder: Path, model: LatentDiffusion, note: Mapping, ema: boo
     tensors: dict[str, Tensor] = {}
     for name in ("latent_shift", "latent_scale"):
         try:
-            values = torch.tensor(note[name], dtype=torch.float32)
-            tensors[name] = values.reshape(getattr(model, name).shape)
+            tensors[name] = torch.tensor(note[name], dtype=torch.float32).reshape(getattr(model, name).shape)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             what = f"its {name} is no list of numbers: {error}"
             raise CorruptCheckpoint(str(folder / NOTE), what) from error
+    replaced = None if export.class_table(model) is None else TABLE_LAYERS
+    for name, (prefix, module) in export.parts_of(model).items():
+        without = replaced if module is model.network else None
+        tensors |= prefixed(prefix, part_tensors(folder / name, module, ema, without))
     conditioner = read_weights(folder / CONDITIONER).tensors if (folder / CONDITIONER).is_file() else {}
     for name, tensor in conditioner.items():
         moved = name.removeprefix(TABLE_PREFIX)
         tensors[f"conditioner.{name}" if moved == name else f"model.diffusion_model.{moved}"] = tensor
-    parts = {"model.diffusion_model": ("unet", model.network)}
-    if not isinstance(first_stage := model.first_stage_model, IdentityFirstStage):
-        parts["first_stage_model"] = (diffusers_export.first_stage_folder(first_stage), first_stage)
-    for prefix, (name, module) in parts.items():
-        config = read_config(folder / name / CONFIG)
-        without = diffusers_export.moved_names(model) if module is model.network else ()
-        tensors |= prefixed(prefix, part_tensors(folder / name, module, config, ema, without))
     return tensors
 
 
 def _check_table(folder: Path, model: LatentDiffusion, ema: bool) -> None:
     """The network's table of classes against the layers that it stands for, which are what is loaded."""
+    expected = export.class_table(model)
+    if expected is None:
+        return
     where = weights_file(folder / "unet", ema)
     table = read_weights(where).tensors.get(CLASS_TABLE)
-    expected = diffusers_export.class_table(model)
     if table is None or table.shape != expected.shape:
         raise CheckpointError(str(where), f"{CLASS_TABLE} is missing or no table of {tuple(expected.shape)}")
     tolerance = max(_TOLERANCE, 4 * torch.finfo(table.dtype).eps)  # it may be in half precision
@@ -116,15 +110,9 @@ def _check_table(folder: Path, model: LatentDiffusion, ema: bool) -> None:
 
 
 def _check_configs(folder: Path, model: nn.Module) -> None:
-    """None of the configs beside the note may say anything else than the note does.
-
-    Keys that diffusers added when it saved a part again are no contradiction.
-    """
-    expected = json.loads(json.dumps(diffusers_export.folder_configs(model)))
-    for name, wanted in expected.items():
-        if name in (NOTE, INDEX):
-            continue
-        found = read_config(folder / name)
+    """No config may say anything else than the note; keys that diffusers added are no contradiction."""
+    for name, wanted in json.loads(json.dumps(export.folder_configs(model))).items():
+        found = wanted if name in (NOTE, INDEX) else read_config(folder / name)
         changed = [
             f"{key}={found.get(key)!r} (was {value!r})"
             for key, value in wanted.items()

@@ -4,22 +4,20 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.config import ConfigError
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 
+CONFIG = "config.json"
 #: The release of diffusers with which what is written here was checked.
 DIFFUSERS_VERSION = "0.42.1"
 _MAX_BYTES = 16 * 2**20
+T = TypeVar("T")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file with one object in it.
-
-    Raises:
-        CorruptCheckpoint: it is absent, absurdly long or no JSON object.
-    """
+    """A JSON file with one object in it; CorruptCheckpoint if it is absent, too long or another thing."""
     if not path.is_file():
         raise CorruptCheckpoint(str(path), "does not exist; is the folder complete?")
     if (size := path.stat().st_size) > _MAX_BYTES:
@@ -43,6 +41,13 @@ def explained(where: str) -> Iterator[None]:
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         what = f"has values that make no sense together: {type(error).__name__}: {error}"
         raise CorruptCheckpoint(where, what) from error
+
+
+def choice(config: "Mapping[str, Any] | Reader", key: str, known: Mapping[Any, T], where: str) -> T:
+    """What a value of a config stands for; an unknown one is an UnsupportedCheckpoint."""
+    if config[key] not in known:
+        raise UnsupportedCheckpoint(where, f"{key}={config[key]!r}; known are {', '.join(map(str, known))}")
+    return known[config[key]]
 
 
 class Reader:

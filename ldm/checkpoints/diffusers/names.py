@@ -1,8 +1,7 @@
 """Parameter names here and in the library diffusers, for the first stages and the UNet.
 
-A built network is walked block by block, so that every name follows from indices: which level, which layer,
-which kind. Names and layouts are those of `AutoencoderKL`, `VQModel`, `UNet2DModel` and
-`UNet2DConditionModel` (https://github.com/huggingface/diffusers).
+Every name follows from indices: which level, which layer, which kind. Names and layouts are those of
+`AutoencoderKL`, `VQModel`, `UNet2DModel`, `UNet2DConditionModel` (https://github.com/huggingface/diffusers).
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,7 +68,6 @@ _RES = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
     "nin_shortcut": "conv_shortcut",
-    **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
 }
 _MIDDLE = {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}
 # The network for `y` by its kind; of any other, all is in one place.
@@ -84,115 +82,85 @@ _FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 
 
 def places_of(model: nn.Module, class_name: str = "class_embedding") -> Places:
-    """Our name -> place in diffusers, for every parameter of a UNet or a first stage."""
-    return unet_places(model, class_name) if isinstance(model, UNetModel) else first_stage_places(model)
+    """Our name -> place in diffusers, for every parameter of a UNet or a first stage.
+
+    `class_name` is where the UNet's network for `y` lies: `class_embedding`, or SDXL's `add_embedding`.
+    """
+    unet = isinstance(model, UNetModel)
+    return {
+        f"{ours}.{name}": _place(layer, name, theirs)
+        for ours, theirs in (_unet_layers(model, class_name) if unet else _first_stage_layers(model))
+        for layer in [model.get_submodule(ours)]
+        for name, _ in layer.named_parameters()
+    }
 
 
-def first_stage_places(model: nn.Module) -> Places:
-    """Our name -> place in `AutoencoderKL` or `VQModel`, for every parameter of a first stage."""
-    kept = ("quant_conv", "post_quant_conv", "quantize")
-    places = {name: Place((name,)) for name, _ in model.named_parameters() if name.split(".")[0] in kept}
+def _first_stage_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(our name, name in `AutoencoderKL` or `VQModel`) of each layer."""
+    around = ("quant_conv", "post_quant_conv", "quantize")
+    yield from ((name, name) for name in around if hasattr(model, name))
     for half, way in (("encoder", "down"), ("decoder", "up")):
-        network = getattr(model, half)
-        for leaf, theirs in (("conv_in",) * 2, ("conv_out",) * 2, ("norm_out", "conv_norm_out")):
-            _same_leaves(places, getattr(network, leaf), f"{half}.{leaf}", f"{half}.{theirs}")
-        for layer, theirs in _MIDDLE.items():
-            _layer(places, getattr(network.mid, layer), f"{half}.mid.{layer}", f"{half}.mid_block.{theirs}")
-        levels = list(getattr(network, way))
+        for ours, theirs in (("conv_in",) * 2, ("conv_out",) * 2, ("norm_out", "conv_norm_out")):
+            yield f"{half}.{ours}", f"{half}.{theirs}"
+        for ours, theirs in _MIDDLE.items():
+            yield f"{half}.mid.{ours}", f"{half}.mid_block.{theirs}"
+        levels = getattr(getattr(model, half), way)
         for i, level in enumerate(levels):
             ours = f"{half}.{way}.{i}"
             block = f"{half}.{way}_blocks.{i if way == 'down' else len(levels) - 1 - i}"
             for kind, theirs in (("block", "resnets"), ("attn", "attentions")):
-                for j, layer in enumerate(getattr(level, kind)):
-                    _layer(places, layer, f"{ours}.{kind}.{j}", f"{block}.{theirs}.{j}")
-            sampler = f"{way}sample"
-            if hasattr(level, sampler):
-                _same_leaves(places, getattr(level, sampler), f"{ours}.{sampler}", f"{block}.{sampler}rs.0")
-    return places
+                for j in range(len(getattr(level, kind))):
+                    yield f"{ours}.{kind}.{j}", f"{block}.{theirs}.{j}"
+            if hasattr(level, f"{way}sample"):
+                yield f"{ours}.{way}sample", f"{block}.{way}samplers.0"
 
 
-def unet_places(unet: UNetModel, class_name: str = "class_embedding") -> Places:
-    """Our name -> place in `UNet2DModel` or `UNet2DConditionModel`, for every parameter of a UNet.
-
-    `class_name` is where the network for `y` lies: `class_embedding`, or SDXL's `add_embedding`.
-    """
-    places: Places = {}
-    for ours, theirs in _ENDS.items():
-        _same_leaves(places, unet.get_submodule(ours), ours, theirs)
+def _unet_layers(unet: UNetModel, class_name: str) -> Iterator[tuple[str, str]]:
+    """(our name, name in `UNet2DModel` or `UNet2DConditionModel`) of each layer."""
+    yield from _ENDS.items()
     if unet.num_classes is not None:
         for ours, theirs in _LABELS.get(unet.num_classes, {"label_emb": ""}).items():
-            _same_leaves(places, unet.get_submodule(ours), ours, class_name + theirs)
-    for index, (level, layer) in enumerate(_encoder_positions(unet), start=1):
-        block = unet.input_blocks[index]
-        _sequence(places, block, f"input_blocks.{index}", f"down_blocks.{level}", layer)
-    for index, theirs in enumerate(_MIDDLE.values()):
-        _layer(places, unet.middle_block[index], f"middle_block.{index}", f"mid_block.{theirs}")
-    for index, (level, layer) in enumerate(_decoder_positions(unet)):
-        block = unet.output_blocks[index]
-        _sequence(places, block, f"output_blocks.{index}", f"up_blocks.{level}", layer)
-    return places
+            yield ours, class_name + theirs
+    yield from ((f"middle_block.{i}", f"mid_block.{name}") for i, name in enumerate(_MIDDLE.values()))
+    last = len(unet.num_res_blocks) - 1
+    # Where each block lies: at the end of the encoder's levels but the last, one changes the size alone.
+    down = [(i, j) for i, n in enumerate(unet.num_res_blocks) for j in range(n + (i < last))]
+    up = [(i, j) for i, n in enumerate(reversed(unet.num_res_blocks)) for j in range(n + 1)]
+    for blocks, positions, way in (("input_blocks", [None, *down], "down"), ("output_blocks", up, "up")):
+        for index, position in enumerate(positions):
+            for number, layer in enumerate(getattr(unet, blocks)[index] if position else ()):
+                theirs = f"{way}_blocks.{position[0]}.{_kind(layer, position[1])}"
+                yield f"{blocks}.{index}.{number}", theirs
 
 
-def _encoder_positions(unet: UNetModel) -> Iterator[tuple[int, int | None]]:
-    """(level, index within it) of each input block after the first; None where only the size changes."""
-    for level, count in enumerate(unet.num_res_blocks):
-        yield from ((level, layer) for layer in range(count))
-        if level < len(unet.num_res_blocks) - 1:
-            yield level, None
+def _kind(layer: nn.Module, number: int) -> str:
+    """The name of a layer within a level of diffusers' UNets."""
+    if isinstance(layer, SpatialTransformer | AttentionBlock):
+        return f"attentions.{number}"
+    if isinstance(layer, TimestepResBlock) and isinstance(layer.h_upd, nn.Identity):
+        return f"resnets.{number}"
+    return "upsamplers.0" if isinstance(getattr(layer, "h_upd", layer), UpsampleND) else "downsamplers.0"
 
 
-def _decoder_positions(unet: UNetModel) -> Iterator[tuple[int, int]]:
-    """(level counted from the lowest resolution, index within it) of each output block."""
-    for level, count in enumerate(reversed(unet.num_res_blocks)):
-        yield from ((level, layer) for layer in range(count + 1))
-
-
-def _sequence(places: Places, block: nn.Module, ours: str, theirs: str, layer: int | None) -> None:
-    """The layers of one input or output block: a residual block, attention, a change of size."""
-    for position, module in enumerate(block):
-        name = f"{ours}.{position}"
-        if isinstance(module, SpatialTransformer | AttentionBlock):
-            _layer(places, module, name, f"{theirs}.attentions.{layer}")
-        elif isinstance(module, TimestepResBlock) and isinstance(module.h_upd, nn.Identity):
-            _layer(places, module, name, f"{theirs}.resnets.{layer}")
-        else:
-            up = isinstance(module, UpsampleND) or isinstance(getattr(module, "h_upd", None), UpsampleND)
-            _layer(places, module, name, f"{theirs}.{'upsamplers' if up else 'downsamplers'}.0")
-
-
-def _layer(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
-    """Every parameter of one layer."""
-    for name, _ in module.named_parameters():
-        stem, _, leaf = name.rpartition(".")
-        match module:
-            case TimestepResBlock() | ResBlock():
-                place = Place((f"{theirs}.{_RES[stem]}.{leaf}",))
-            case AttentionBlock() if stem == "qkv":
-                legacy = module.attention.layout.startswith("(heads")
-                heads = module.attention.num_heads if legacy else 1
-                place = Place(tuple(f"{theirs}.{part}.{leaf}" for part in _QKV), True, heads)
-            case AttnBlock() | AttentionBlock():
-                place = Place((f"{theirs}.{_ATTN[stem]}.{leaf}",), linear=stem != "norm")
-            case SpatialTransformer():
-                place = Place((f"{theirs}.{name}",))
-            case DownsampleND() | UpsampleND():
-                place = Place((f"{theirs}.conv.{leaf}",))
-            case _:
-                raise ValueError(f"{ours} is a {type(module).__name__}, which has no name in diffusers")
-        places[f"{ours}.{name}"] = place
-
-
-def _same_leaves(places: Places, module: nn.Module, ours: str, theirs: str) -> None:
-    for name, _ in module.named_parameters():
-        places[f"{ours}.{name}"] = Place((f"{theirs}.{name}",))
+def _place(layer: nn.Module, name: str, theirs: str) -> Place:
+    """Of the parameter `name` of a layer that diffusers calls `theirs`."""
+    stem, _, leaf = name.rpartition(".")
+    match layer:
+        case TimestepResBlock() | ResBlock():
+            return Place((f"{theirs}.{_RES.get(stem, stem)}.{leaf}",))
+        case AttentionBlock() if stem == "qkv":
+            legacy = layer.attention.layout.startswith("(heads")
+            heads = layer.attention.num_heads if legacy else 1
+            return Place(tuple(f"{theirs}.{part}.{leaf}" for part in _QKV), True, heads)
+        case AttnBlock() | AttentionBlock():
+            return Place((f"{theirs}.{_ATTN[stem]}.{leaf}",), linear=stem != "norm")
+        case DownsampleND() | UpsampleND():
+            return Place((f"{theirs}.conv.{leaf}",))
+    return Place((f"{theirs}.{name}",))
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], places: Places) -> dict[str, Tensor]:
-    """Our tensors under the names and in the shapes of diffusers.
-
-    Raises:
-        KeyError: a tensor without a place; nothing is left out silently.
-    """
+    """Our tensors under the names and in the shapes of diffusers; one without a place is a KeyError."""
     written = {}
     for name, tensor in tensors.items():
         place = places[name]
@@ -209,9 +177,7 @@ def from_diffusers(
 ) -> dict[str, Tensor]:
     """The tensors of a diffusers file under our names, every key of both sides accounted for.
 
-    Args:
-        shapes: of our parameters.
-        where, class_name: the file and the class of diffusers, for messages.
+    `shapes` are our parameters'; `where` and `class_name` are for messages.
 
     Raises:
         KeyMismatch: keys are missing, extra or of another shape, in the file's own names.

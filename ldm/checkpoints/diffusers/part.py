@@ -1,13 +1,13 @@
 """One part of a diffusers folder: a config, and the weights that belong to it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ldm.checkpoints.diffusers import unet_reading, vae
-from ldm.checkpoints.diffusers.model_config import explained
+from ldm.checkpoints.diffusers.model_config import CONFIG, explained, read_config
 from ldm.checkpoints.diffusers.names import from_diffusers, places_of
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.reading import INDEX, read_weights
@@ -23,11 +23,7 @@ _PARTS = {
 
 
 def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Target and params of a part, by its class.
-
-    Raises:
-        UnsupportedCheckpoint: a class or an option that is not built here.
-    """
+    """Target and params of a part; one that is not built here is an UnsupportedCheckpoint."""
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in _PARTS:
         what = f"is a {kind}" if kind else "names no _class_name, so it is no config of diffusers"
@@ -36,21 +32,17 @@ def part_tree(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _PARTS[kind](config, where)
 
 
-def part_tensors(
-    folder: Path, model: nn.Module, config: Mapping[str, Any], ema: bool, replaced: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """The weights in a part's folder under the names of `model`.
+def part_tensors(folder: Path, model: nn.Module, ema: bool, replaced: str | None = None) -> dict[str, Tensor]:
+    """The weights in a part's folder, strictly, under the names of `model`.
 
-    Args:
-        replaced: parameters of `model` in whose place a table of classes stands; both are left out.
-
-    Raises:
-        KeyMismatch: keys are missing, extra or of another shape.
+    Parameters that begin with `replaced`, and the table of classes in their place, are left out.
     """
-    file = weights_file(folder, ema)
+    file, config = weights_file(folder, ema), read_config(folder / CONFIG)
     where = "add_embedding" if config.get("addition_embed_type") == "text_time" else "class_embedding"
-    places = {name: place for name, place in places_of(model, where).items() if name not in replaced}
-    tensors = {n: t for n, t in read_weights(file).tensors.items() if not (replaced and n == CLASS_TABLE)}
+    places, tensors = places_of(model, where), dict(read_weights(file).tensors)
+    if replaced is not None:
+        places = {name: place for name, place in places.items() if not name.startswith(replaced)}
+        tensors.pop(CLASS_TABLE, None)
     return from_diffusers(tensors, places, shapes_of(model), str(file), str(config.get("_class_name")))
 
 
@@ -70,11 +62,7 @@ def weights_file(folder: Path, ema: bool) -> Path:
 
 
 def first_file(folder: Path, *stems: str) -> Path:
-    """The first file of weights of one of these names, or the only variant (`fp16`) of the last one.
-
-    Raises:
-        CorruptCheckpoint: there is none, or only several variants.
-    """
+    """The first file of weights of one of these names, or the only variant (`fp16`) of the last one."""
     for name in (stem + ending for stem in stems for ending in _ENDINGS):
         if (folder / name).is_file():
             return folder / name

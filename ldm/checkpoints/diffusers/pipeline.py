@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ldm.checkpoints.building import build_filled
 from ldm.checkpoints.description import Description, node
-from ldm.checkpoints.diffusers import scheduler as diffusers_scheduler
-from ldm.checkpoints.diffusers import vae as diffusers_autoencoder
-from ldm.checkpoints.diffusers.export import CONFIG, INDEX
-from ldm.checkpoints.diffusers.model_config import explained, read_config
+from ldm.checkpoints.diffusers import scheduler as schedulers
+from ldm.checkpoints.diffusers import vae
+from ldm.checkpoints.diffusers.export import INDEX, parts_of
+from ldm.checkpoints.diffusers.model_config import CONFIG, explained, read_config
 from ldm.checkpoints.diffusers.part import (
     FIRST_STAGES,
     NETWORKS,
@@ -44,10 +44,7 @@ _TEXT_SIZES = {
 
 
 def load_pipeline(folder: Path, ema: bool) -> nn.Module:
-    """The model of a folder with a `model_index.json`; see `ldm.checkpoints.diffusers.folder.load_diffusers`.
-
-    What is not read, and what of the scheduler has no counterpart here, is logged.
-    """
+    """The model of a folder with a `model_index.json`; what of it has no counterpart here is logged."""
     classes = {
         name: entry[1]
         for name, entry in read_config(folder / INDEX).items()
@@ -72,10 +69,8 @@ def load_pipeline(folder: Path, ema: bool) -> nn.Module:
 
     def tensors(model: nn.Module) -> dict[str, Tensor]:
         found = {name: getattr(model, name) for name in ("latent_shift", "latent_scale")}
-        modules = {network: ("model.diffusion_model", model.network)}
-        modules |= {first_stage: ("first_stage_model", model.first_stage_model)} if first_stage else {}
-        for name, (prefix, module) in modules.items():
-            found |= prefixed(prefix, part_tensors(folder / name, module, configs[name], ema))
+        for name, (prefix, module) in zip(configs, parts_of(model).values(), strict=True):
+            found |= prefixed(prefix, part_tensors(folder / name, module, ema))
         if conditioner:
             found |= prefixed("conditioner.embedders.0.transformer", _text_tensors(folder))
         return found
@@ -108,19 +103,17 @@ def _model_tree(
     if first_stage:
         stage = parts[first_stage]
         with explained(str(folder / first_stage / CONFIG)):
-            shift, scale = diffusers_autoencoder.latent_scale(configs[first_stage])
+            shift, scale = vae.latent_scale(configs[first_stage])
     channels, factor = latent_sizes(stage)
     if in_channels != channels:
-        sizes = f"the network takes {in_channels} channels and the latents have {channels}"
-        raise UnsupportedCheckpoint(
-            str(folder), f"{sizes}: nothing in it makes the masks or images beside them"
-        )
+        what = f"the network takes {in_channels} channels and the latents have {channels}"
+        raise UnsupportedCheckpoint(str(folder), what)
     where = folder / scheduler / "scheduler_config.json"
     schedule = read_config(where)
     with explained(str(where)):
         learned = out_channels == 2 * channels
-        denoiser = diffusers_scheduler.denoiser_part(schedule, str(where), learned_variance=learned)
-        sampling, lost = diffusers_scheduler.sampling_defaults(schedule)
+        denoiser = schedulers.denoiser_part(schedule, str(where), learned_variance=learned)
+        sampling, lost = schedulers.sampling_defaults(schedule)
     size = configs[network].get("sample_size") or configs[network].get("image_size") or 32
     size = [size, size] if isinstance(size, int) else size
     tree = node(
@@ -136,12 +129,7 @@ def _model_tree(
 
 
 def text_part(folder: Path, classes: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """(target and params of the conditioner that does what the pipeline does with texts, or None; why not).
-
-    Args:
-        folder: of the pipeline.
-        classes: name of each part -> its class.
-    """
+    """(target and params of the conditioner that does what the pipeline does with texts or None, why not)."""
     kinds = [kind for name, kind in classes.items() if name.startswith(_ENCODER)]
     if kinds != ["CLIPTextModel"] or classes.get(_ENCODER) != "CLIPTextModel":
         return None, f"text encoders {', '.join(kinds)}" if kinds else "no text encoder"

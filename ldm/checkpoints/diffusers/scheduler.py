@@ -12,6 +12,7 @@ import torch
 
 from ldm.arguments import arguments_of
 from ldm.checkpoints.description import NotExpressible, node
+from ldm.checkpoints.diffusers.model_config import choice
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule, EDMSchedule, FlowSchedule, make_betas
 from ldm.weights.errors import UnsupportedCheckpoint
@@ -20,6 +21,7 @@ _PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _TO_PREDICTION = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
 _BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _TO_BETAS = {ours: theirs for theirs, ours in _BETAS.items()}
+_TABLE = {"num_train_timesteps": "timesteps", "beta_start": "linear_start", "beta_end": "linear_end"}
 _COSINE_S = 8e-3
 
 _SAMPLERS = {
@@ -51,12 +53,8 @@ _DEFAULTS: dict[str, Any] = {
 def scheduler_config(denoiser: Denoiser, sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config of the scheduler that samples as this denoiser is sampled here, `_class_name` included.
 
-    Args:
-        denoiser: of a `LatentDiffusion`.
-        sampling: its defaults (`sampler`, `spacing`), where it has some.
-
-    Raises:
-        NotExpressible: no scheduler has this schedule with this prediction.
+    `sampling` are its defaults (`sampler`, `spacing`). NotExpressible where no scheduler has this schedule
+    with this prediction.
     """
     schedule, prediction = denoiser.schedule, denoiser.prediction
     if isinstance(schedule, FlowSchedule) and prediction == "flow" and not denoiser.learned_variance:
@@ -106,13 +104,8 @@ def _discrete_class(denoiser: Denoiser, sampling: dict[str, Any]) -> dict[str, A
 
 
 def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool) -> dict[str, Any]:
-    """Target and params of the denoiser that a scheduler config stands for.
-
-    Args:
-        learned_variance: the network has twice as many output channels as latents have.
-
-    Raises:
-        UnsupportedCheckpoint: another class of scheduler, or an option that changes the schedule.
+    """Target and params of the denoiser that a scheduler config stands for; another class, or an option that
+    changes the schedule, is an UnsupportedCheckpoint.
     """
     name, values = config.get("_class_name"), {**_DEFAULTS, **config}
 
@@ -123,41 +116,28 @@ def denoiser_part(config: Mapping[str, Any], where: str, learned_variance: bool)
     if name == _FLOW:
         return denoiser("flow", node("diffusion.schedule.FlowSchedule"))
     if name == _EDM:
-        if values["prediction_type"] != "epsilon":
-            raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} of {_EDM}")
+        choice(values, "prediction_type", {"epsilon": "edm"}, where)
         ends = {"sigma_min": config.get("sigma_min", 0.002), "sigma_max": config.get("sigma_max", 80.0)}
         schedule = node("diffusion.schedule.EDMSchedule", **ends)
         return denoiser("edm", schedule, sigma_data=config.get("sigma_data", 0.5))
     if name not in _SAMPLERS:
         raise UnsupportedCheckpoint(where, f"is a {name}; known are {', '.join(CLASSES)}")
-    if values["prediction_type"] not in _PREDICTIONS:
-        raise UnsupportedCheckpoint(where, f"prediction_type={values['prediction_type']!r} is not known")
+    prediction = choice(values, "prediction_type", _PREDICTIONS, where)
     if values["trained_betas"] is not None:
         params = {"betas": [float(beta) for beta in values["trained_betas"]]}
-    elif values["beta_schedule"] not in _BETAS:
-        known = ", ".join(_BETAS)
-        raise UnsupportedCheckpoint(where, f"beta_schedule={values['beta_schedule']!r}; known are {known}")
     else:
-        params = {
-            "schedule": _BETAS[values["beta_schedule"]],
-            "timesteps": values["num_train_timesteps"],
-            "linear_start": values["beta_start"],
-            "linear_end": values["beta_end"],
-        }
+        params = {ours: values[theirs] for theirs, ours in _TABLE.items()}
+        params["schedule"] = choice(values, "beta_schedule", _BETAS, where)
     params["zero_terminal_snr"] = bool(values["rescale_betas_zero_snr"])
-    schedule = node("diffusion.schedule.DiscreteSchedule", **params)
-    return denoiser(_PREDICTIONS[values["prediction_type"]], schedule)
+    return denoiser(prediction, node("diffusion.schedule.DiscreteSchedule", **params))
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(defaults for sampling: `sampler` and, where there is the same, `spacing`; what has no counterpart)."""
     name, values, lost = config["_class_name"], {**_DEFAULTS, **config}, []
-    if name == _FLOW:
-        if config.get("shift", 1.0) != 1.0 or config.get("use_dynamic_shifting"):
-            lost.append("the shift of its timesteps")
-        return {"sampler": "euler"}, lost
-    if name == _EDM:
-        return {"sampler": "euler"}, lost
+    if name in (_FLOW, _EDM):
+        shifted = config.get("shift", 1.0) != 1.0 or config.get("use_dynamic_shifting")
+        return {"sampler": "euler"}, ["the shift of its timesteps"] if name == _FLOW and shifted else []
     sampling = {"sampler": _SAMPLERS[name]}
     if name == "EulerDiscreteScheduler":
         values["timestep_spacing"] = config.get("timestep_spacing", "linspace")

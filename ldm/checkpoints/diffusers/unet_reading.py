@@ -1,14 +1,13 @@
 """Configs of diffusers' `UNet2DModel` and `UNet2DConditionModel` in the terms of our UNet.
 
-Of the two classes' many options those are read that both sides have; everything else is refused with its
-reason.
+What only one side has is refused with its reason.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from ldm.checkpoints.description import node
-from ldm.checkpoints.diffusers.model_config import Reader
+from ldm.checkpoints.diffusers.model_config import Reader, choice
 from ldm.checkpoints.diffusers.unet_writing import FIXED
 
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
@@ -17,9 +16,8 @@ _FIXED_CONDITION = {
     **FIXED,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "resnet_out_scale_factor": 1.0,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
     "attention_type": "default",
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), 3),
     **dict.fromkeys(("dual_cross_attention", "resnet_skip_time_act", "class_embeddings_concat"), False),
     **dict.fromkeys(("encoder_hid_dim", "encoder_hid_dim_type", "num_attention_heads"), None),
     **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act", "time_cond_proj_dim"), None),
@@ -32,37 +30,29 @@ _DEFAULTS = {
     "attention_head_dim": 8,
     "norm_num_groups": 32,
     "resnet_time_scale_shift": "default",
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "time_embedding_dim": None,
+    **dict.fromkeys(("class_embed_type", "num_class_embeds", "time_embedding_dim")),
 }
 _DEFAULTS_PLAIN = {
     **_DEFAULTS,
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    **dict.fromkeys(("in_channels", "out_channels"), 3),
+    "down_block_types": ["DownBlock2D"] + ["AttnDownBlock2D"] * 3,
+    "up_block_types": ["AttnUpBlock2D"] * 3 + ["UpBlock2D"],
     "block_out_channels": [224, 448, 672, 896],
-    "downsample_type": "conv",
-    "upsample_type": "conv",
+    **dict.fromkeys(("downsample_type", "upsample_type"), "conv"),
     "attn_norm_num_groups": None,
     "add_attention": True,
 }
 _DEFAULTS_CONDITION = {
     **_DEFAULTS,
-    "in_channels": 4,
-    "out_channels": 4,
+    **dict.fromkeys(("in_channels", "out_channels"), 4),
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     "block_out_channels": [320, 640, 1280, 1280],
-    "only_cross_attention": False,
     "cross_attention_dim": 1280,
     "transformer_layers_per_block": 1,
-    "reverse_transformer_layers_per_block": None,
-    "use_linear_projection": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
+    **dict.fromkeys(("only_cross_attention", "use_linear_projection"), False),
+    **dict.fromkeys(("reverse_transformer_layers_per_block", "projection_class_embeddings_input_dim")),
+    **dict.fromkeys(("addition_embed_type", "addition_time_embed_dim")),
 }
 # Sizes of inputs, and precisions: of no effect on what the network computes.
 _HARMLESS = frozenset(
@@ -70,6 +60,7 @@ _HARMLESS = frozenset(
      "addition_embed_type_num_heads"}
 )  # fmt: skip
 
+_SCALE_SHIFT = {"default": False, "scale_shift": True}
 # Block type -> (attention, kind of resampling; "as asked" follows downsample_type and upsample_type).
 _DOWN = {
     "DownBlock2D": (False, "conv"),
@@ -105,19 +96,12 @@ def unet_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "attention_resolutions": [2**level for level, attending in enumerate(attends) if attending],
         "dropout": reader["dropout"],
         "num_groups": reader["norm_num_groups"],
-        "use_scale_shift_norm": _scale_shift(reader),
+        "use_scale_shift_norm": choice(reader, "resnet_time_scale_shift", _SCALE_SHIFT, reader.where),
         "resblock_updown": updown,
         "use_spatial_transformer": condition,
         **(_condition_params if condition else _plain_params)(reader, widths, attends),
     }
     return node("models.unet.UNetModel", **params)
-
-
-def _scale_shift(reader: Reader) -> bool:
-    kinds = {"default": False, "scale_shift": True}
-    if reader["resnet_time_scale_shift"] not in kinds:
-        reader.refuse_value("resnet_time_scale_shift", f"is not known; known are {', '.join(kinds)}")
-    return kinds[reader["resnet_time_scale_shift"]]
 
 
 def _levels(reader: Reader, levels: int, condition: bool) -> tuple[list[bool], bool]:
@@ -149,7 +133,8 @@ def _plain_params(reader: Reader, widths: list[int], attends: list[bool]) -> dic
     groups = reader["attn_norm_num_groups"]
     if reader["add_attention"] and (groups or reader["norm_num_groups"]) != reader["norm_num_groups"]:
         reader.refuse_value("attn_norm_num_groups", f"is not norm_num_groups={reader['norm_num_groups']}")
-    if reader["add_attention"] and groups is None and _scale_shift(reader):
+    scale_shift = choice(reader, "resnet_time_scale_shift", _SCALE_SHIFT, reader.where)
+    if reader["add_attention"] and groups is None and scale_shift:
         reader.refuse("the middle's attention has no norm (scale_shift without attn_norm_num_groups)")
     if reader["class_embed_type"] not in (None, "timestep"):
         reader.refuse_value("class_embed_type")

@@ -1,7 +1,6 @@
 """The UNet as diffusers' `UNet2DModel` (AttentionBlocks) or `UNet2DConditionModel` (SpatialTransformers).
 
-Of the two classes' many options those are used that both sides have; everything else is refused with its
-reason.
+What only one side has is refused with its reason.
 """
 
 from typing import Any
@@ -66,8 +65,7 @@ def unet_config(
     }
     if not transformers and "projection_class_embeddings_input_dim" in config:
         reasons.append(
-            f'num_classes="{unet.num_classes}" needs a projection of y, which UNet2DConditionModel alone has '
-            "(with transformers and a context it fits)"
+            f'num_classes="{unet.num_classes}" needs a projection of y, which only transformers have'
         )
     if reasons:
         raise NotExpressible(f"diffusers' {name} cannot hold this UNet", reasons)
@@ -77,21 +75,13 @@ def unet_config(
 def _common_reasons(unet: UNetModel, made: dict, attends: list[bool]) -> list[str]:
     """What neither class has."""
     partly = unet.num_attention_blocks is not None and any(attends)
-    found = {
-        f"dims is {made['dims']}, not 2": made["dims"] != 2,
-        f"attn_type is {made['attn_type']}; diffusers has multi-head attention only": (
-            made["attn_type"] != "attention"
-        ),
-        "it predicts codebook entries (n_embed)": made["n_embed"] is not None,
-        "conv_resample is False; diffusers resamples with convolutions or residual blocks": (
-            not made["conv_resample"]
-        ),
-        f"level 0 is {unet.widths[0]} wide, which in diffusers is model_channels ({unet.model_channels})": (
-            unet.widths[0] != unet.model_channels
-        ),
-        "num_attention_blocks leaves some of a level's blocks without attention": partly,
-    }
-    return [reason for reason, applies in found.items() if applies]
+    fixed = {"dims": 2, "attn_type": "attention", "n_embed": None, "conv_resample": True}
+    reasons = [
+        f"{name} is {made[name]!r}, not {only!r}" for name, only in fixed.items() if made[name] != only
+    ]
+    if unet.widths[0] != unet.model_channels:
+        reasons.append(f"level 0 is {unet.widths[0]} wide, model_channels is {unet.model_channels}")
+    return reasons + ["num_attention_blocks leaves some of a level's blocks without attention"] * partly
 
 
 def _plain_config(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> dict[str, Any]:
@@ -137,16 +127,12 @@ def _channels_of_heads(unet: UNetModel, made: dict, attends: list[bool], reasons
 
 def _condition_config(unet: UNetModel, made: dict, attends: list[bool], reasons: list[str]) -> dict[str, Any]:
     """What is particular to `UNet2DConditionModel`; adds to `reasons`."""
+    middle = ("disable_middle_transformer", "disable_middle_self_attn")
+    reasons += [f"{name}, which it has not" for name in middle if made[name]]
     if made["resblock_updown"] and len(unet.widths) > 1 and any(attends):
         reasons.append("resblock_updown with cross-attention, whose blocks resample with convolutions only")
-    if made["disable_middle_transformer"]:
-        reasons.append("the middle has no transformer (disable_middle_transformer)")
-    if made["disable_middle_self_attn"]:
-        reasons.append("the middle's self-attention is disabled")
-    if unet.context_dim is None:
-        reasons.append("its transformers have no context, which diffusers' need")
-    elif not isinstance(unet.context_dim, int):
-        reasons.append("context_dim differs between the blocks of a transformer")
+    if not isinstance(unet.context_dim, int):
+        reasons.append(f"context_dim is {unet.context_dim}; its transformers need one context for all blocks")
     depths, middle = list(unet.depths), made["transformer_depth_middle"]
     if not attends[-1] and middle is not None:
         depths[-1] = middle  # diffusers gives it to the middle; the last level has no transformer itself
@@ -175,16 +161,13 @@ def _heads_of_levels(unet: UNetModel, made: dict, attends: list[bool], reasons: 
 
 
 def _label_config(num_classes: int | str | None, length: int | None) -> dict[str, Any]:
-    match num_classes:
-        case None:
-            return {}
-        case "timestep":
-            return {"class_embed_type": "timestep"}
-        case "sequential":
-            return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": length}
-        case "continuous":
-            return {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 1}
-    return {"num_class_embeds": num_classes}
+    kinds = {
+        None: {},
+        "timestep": {"class_embed_type": "timestep"},
+        "sequential": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": length},
+        "continuous": {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 1},
+    }
+    return kinds.get(num_classes, {"num_class_embeds": num_classes})
 
 
 def has_transformers(unet: UNetModel) -> bool:

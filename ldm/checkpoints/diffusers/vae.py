@@ -16,25 +16,20 @@ CLASSES = ("AutoencoderKL", "VQModel")
 
 #: What diffusers takes where a config says nothing.
 _DEFAULTS = {
-    "in_channels": 3,
-    "out_channels": 3,
+    **dict.fromkeys(("in_channels", "out_channels"), 3),
     "down_block_types": ["DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D"],
     "block_out_channels": [64],
     "layers_per_block": 1,
-    "norm_num_groups": 32,
-    "sample_size": 32,
+    **dict.fromkeys(("norm_num_groups", "sample_size"), 32),
     "mid_block_add_attention": True,
     "scaling_factor": 0.18215,
 }
 _DEFAULTS_KL = {
     **_DEFAULTS,
     "latent_channels": 4,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), True),
+    **dict.fromkeys(("shift_factor", "latents_mean", "latents_std")),
 }
 _DEFAULTS_VQ = {**_DEFAULTS, "latent_channels": 3, "num_vq_embeddings": 256, "vq_embed_dim": None}
 _FIXED_KL = {"act_fn": "silu"}
@@ -44,6 +39,7 @@ _HARMLESS = frozenset({"force_upcast"})
 # and only a warning say so.
 _DOWN = {False: "DownEncoderBlock2D", True: "AttnDownEncoderBlock2D"}
 _UP = {False: "UpDecoderBlock2D", True: "AttnUpDecoderBlock2D"}
+_BLOCKS = (("down_block_types", _DOWN), ("up_block_types", _UP))
 
 
 def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict[str, Any]:
@@ -85,17 +81,14 @@ def first_stage_config(model: nn.Module, sample_size: int | None = None) -> dict
 
 def _check_expressible(arguments: dict, dd: dict, attends: list[bool]) -> None:
     embed_dim = arguments.get("embed_dim", dd["z_channels"])
+    other_attention, other_dim = dd["attn_type"] not in ("vanilla", "none"), embed_dim != dd["z_channels"]
     found = {
-        f"its attention is {dd['attn_type']}; diffusers' autoencoders have softmax attention only": (
-            dd["attn_type"] not in ("vanilla", "none")
-        ),
+        f"its attention is {dd['attn_type']}; diffusers has softmax attention only": other_attention,
         "attn_resolutions names levels, but attn_type is none": dd["attn_type"] == "none" and any(attends),
         "resamp_with_conv is False; diffusers resamples with convolutions": not dd["resamp_with_conv"],
         "tanh_out and give_pre_end do not exist in diffusers": dd["tanh_out"] or dd["give_pre_end"],
         f"ch_mult begins with {dd['ch_mult'][0]}, in diffusers with 1": dd["ch_mult"][0] != 1,
-        f"embed_dim {embed_dim} is not z_channels {dd['z_channels']}, which is one number in diffusers": (
-            dd["double_z"] and embed_dim != dd["z_channels"]
-        ),
+        f"embed_dim {embed_dim} is not z_channels {dd['z_channels']}": dd["double_z"] and other_dim,
         "the codebook's indices are remapped": arguments.get("remap") is not None,
     }
     reasons = [reason for reason, applies in found.items() if applies]
@@ -129,7 +122,10 @@ def first_stage_part(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _ddconfig(reader: Reader) -> dict[str, Any]:
     widths = reader["block_out_channels"]
     levels = len(widths)
-    attends, attends_up = _attends(reader, "down_block_types", _DOWN), _attends(reader, "up_block_types", _UP)
+    attends, attends_up = ([kind.startswith("Attn") for kind in reader[key]] for key, _ in _BLOCKS)
+    for key, kinds in _BLOCKS:
+        if not set(reader[key]) <= set(kinds.values()):
+            reader.refuse_value(key, f"known are {', '.join(kinds.values())}")
     if len(attends) != levels or attends != attends_up[::-1]:
         reader.refuse("attention lies at other levels in the encoder than in the decoder")
     if any(width % widths[0] for width in widths):
@@ -152,14 +148,6 @@ def _ddconfig(reader: Reader) -> dict[str, Any]:
         "dropout": 0.0,
         "num_groups": reader["norm_num_groups"],
     }
-
-
-def _attends(reader: Reader, key: str, names: Mapping[bool, str]) -> list[bool]:
-    """For each level whether its block type has attention."""
-    kinds = {name: attention for attention, name in names.items()}
-    if not all(kind in kinds for kind in reader[key]):
-        reader.refuse_value(key, f"known are {', '.join(kinds)}")
-    return [kinds[kind] for kind in reader[key]]
 
 
 def latent_scale(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:

@@ -10,8 +10,7 @@ from typing import Any
 from ldm.arguments import arguments_of
 from ldm.checkpoints.description import node
 from ldm.checkpoints.originals.original_yaml import Part
-from ldm.checkpoints.originals.translation import take_given
-from ldm.conditioning import ClassEmbedder, Embedder
+from ldm.conditioning import ClassEmbedder, ClassLabel, Embedder
 from ldm.conditioning.bert import BERTEmbedder
 from ldm.conditioning.clip import CLIPTextEmbedder
 from ldm.conditioning.vectors import ClassFeatures
@@ -47,51 +46,43 @@ OPEN_CLIP_VERSIONS = {
 
 
 def class_embedder(part: Part, key: str, kind: str) -> dict:
-    own = part.take("key", "class")
     params = {"num_classes": part.take("n_classes", 1000), "dim": part.take("embed_dim"), "kind": kind}
-    part.finish()
-    also = list(dict.fromkeys(name for name in (own, key) if name != "label"))
-    return node("conditioning.vectors.ClassFeatures", **params, key="label", also=also)
+    also = [name for name in dict.fromkeys((part.take("key", "class"), key)) if name != "label"]
+    return part.node("conditioning.vectors.ClassFeatures", **params, key="label", also=also)
 
 
-def bert_embedder(part: Part, key: str, kind: str) -> dict:
-    params = take_given(part, **_BERT)
-    part.finish(*EMBEDDER_IGNORED)
-    return node("conditioning.bert.BERTEmbedder", key=key, **params)
+def bert_embedder(part: Part, key: str, kind: str, **fixed: Any) -> dict:
+    target = "conditioning.bert.BERTEmbedder"
+    return part.node(target, renamed=_BERT, ignored=EMBEDDER_IGNORED, key=key, **fixed)
 
 
 def transformer_embedder(part: Part, key: str, kind: str) -> dict:
-    embedder = bert_embedder(part, key, kind)
-    embedder["params"]["texts"] = False
-    return embedder
+    return bert_embedder(part, key, kind, texts=False)
 
 
-def spatial_rescaler(part: Part, key: str, kind: str) -> dict:
-    names = ("method", "multiplier", "in_channels", "out_channels", "bias")
-    params = take_given(part, *names, n_stages="stages")
-    part.finish()
-    return node("conditioning.maps.SpatialRescaler", key=key, **params)
+def spatial_rescaler(part: Part, key: str, kind: str, *more: str) -> dict:
+    given = ("method", "multiplier", "in_channels", "out_channels", "bias", *more)
+    return part.node("conditioning.maps.SpatialRescaler", *given, renamed={"n_stages": "stages"}, key=key)
 
 
 def clip_embedder(part: Part, key: str, kind: str) -> dict:
     """FrozenCLIPEmbedder, of all three projects."""
     version = part.take("version", "openai/clip-vit-large-patch14")
     sizes = _sizes(part, "version", version, CLIP_VERSIONS)
-    params = take_given(part, "max_length", "layer", layer_idx="layer_index", always_return_pooled="pooled")
+    params = part.given("max_length", "layer", layer_idx="layer_index", always_return_pooled="pooled")
     if params.get("layer", "last") != "hidden":  # the originals take a layer_idx and do not read it
         params.pop("layer_index", None)
     part.finish(*EMBEDDER_IGNORED)
     return node("conditioning.clip.CLIPTextEmbedder", key=key, **sizes, tokenizer=version, **params)
 
 
-def open_clip_embedder(part: Part, key: str, kind: str) -> dict:
+def open_clip_embedder(part: Part, key: str, kind: str, normed: bool = True, **fixed: Any) -> dict:
     """FrozenOpenCLIPEmbedder: token features behind the last norm."""
     arch, version = part.take("arch", "ViT-H-14"), part.take("version", "laion2b_s32b_b79k")
-    sizes = _sizes(part, "arch", arch, OPEN_CLIP_VERSIONS)
-    sizes["activation"] = "quick_gelu" if version == "openai" else "gelu"  # OpenAI's own weights
-    params = take_given(part, "max_length") | {"layer": part.take("layer", "last"), "normed": True}
-    part.finish(*EMBEDDER_IGNORED)
-    return node("conditioning.open_clip.OpenCLIPTextEmbedder", key=key, **sizes, **params)
+    fixed |= _sizes(part, "arch", arch, OPEN_CLIP_VERSIONS) | {"layer": part.take("layer", "last")}
+    fixed["activation"] = "quick_gelu" if version == "openai" else "gelu"  # OpenAI's own weights
+    target = "conditioning.open_clip.OpenCLIPTextEmbedder"
+    return part.node(target, "max_length", ignored=EMBEDDER_IGNORED, key=key, normed=normed, **fixed)
 
 
 def _sizes(part: Part, name: str, version: str, known: dict[str, tuple]) -> dict[str, Any]:
@@ -124,29 +115,29 @@ EMBEDDERS: dict[str, Callable[[Part, str, str], dict]] = {
 # And back
 
 
-def original_condition(embedder: Embedder) -> tuple[str, dict] | None:
-    """(cond_stage_key, `{target, params}` of the original's class) of one embedder; None if it has none."""
+def original_condition(embedder: Embedder) -> tuple[str, str, dict] | None:
+    """(conditioning_key, cond_stage_key, cond_stage_config) of one embedder, if the original has it."""
+    if type(embedder) is ClassLabel:
+        return "adm", "class_label", {"target": "torch.nn.Identity"}
     describe = _ORIGINALS.get(type(embedder))
     found = describe(embedder) if describe else None
     if found is None:
         return None
     name, params = found
     key = "class_label" if name == "ClassEmbedder" else embedder.key
-    return key, {"target": _ENCODERS + name, "params": params}
+    return "crossattn", key, {"target": _ENCODERS + name, "params": params}
 
 
 def _of_classes(embedder: ClassEmbedder | ClassFeatures) -> tuple[str, dict] | None:
-    if embedder.kind != "crossattn":
-        return None
     rows, dim = embedder.embedding.weight.shape  # the row of no class, if any, counts as a class there
-    return "ClassEmbedder", {"n_classes": rows, "embed_dim": dim, "key": "class_label"}
+    params = {"n_classes": rows, "embed_dim": dim, "key": "class_label"}
+    return ("ClassEmbedder", params) if embedder.kind == "crossattn" else None
 
 
 def _of_bert(embedder: BERTEmbedder) -> tuple[str, dict] | None:
     made = arguments_of(embedder)
-    if (made["heads"], made["dim_head"]) != (8, 64):  # fixed there
-        return None
-    return "BERTEmbedder", {theirs: made[ours] for theirs, ours in _BERT.items()}
+    params = {theirs: made[ours] for theirs, ours in _BERT.items()}
+    return ("BERTEmbedder", params) if (made["heads"], made["dim_head"]) == (8, 64) else None  # fixed there
 
 
 def _of_clip(embedder: CLIPTextEmbedder) -> tuple[str, dict] | None:
@@ -154,13 +145,12 @@ def _of_clip(embedder: CLIPTextEmbedder) -> tuple[str, dict] | None:
     made = arguments_of(embedder)
     sizes = tuple(made[name] for name in ("width", "layers", "heads"))
     published = {"vocab_size": 49408, "max_length": 77, "activation": "quick_gelu", "layer": "last"}
-    if any(made[name] != value for name, value in published.items()) or made["pooled"]:
-        return None
-    if made["mlp_width"] not in (None, 4 * made["width"]):
-        return None
+    alike = all(made[name] == value for name, value in published.items()) and not made["pooled"]
     versions = dict.fromkeys((made["tokenizer"], *CLIP_VERSIONS))
     version = next((name for name in versions if CLIP_VERSIONS.get(name) == sizes), None)
-    return None if version is None else ("FrozenCLIPEmbedder", {"version": version})
+    if not alike or made["mlp_width"] not in (None, 4 * made["width"]) or version is None:
+        return None
+    return "FrozenCLIPEmbedder", {"version": version}
 
 
 _ORIGINALS: dict[type, Callable] = {

@@ -1,8 +1,7 @@
 """Writing a model as a checkpoint of the original LDM, with its YAML beside it.
 
-The state dict has the original's names and nothing else, so that the original's code loads it. A record of
-our own under the key "ldm" holds what the original has no place for; with it `load_exported` gives back
-exactly what was written.
+The state dict has the original's names and nothing else. A record of our own under the key "ldm" holds what
+the original has no place for; with it `load_exported` gives back exactly what was written.
 """
 
 import json
@@ -45,7 +44,7 @@ def save_compvis(model: nn.Module, path: str | Path) -> Path:
     description: Description | None = getattr(model, "description", None)
     replaced = _folded_latents(model)
     config = original_config(model, folded=bool(replaced))
-    tensors = _original_names(model.state_dict())
+    tensors = _renamed(model.state_dict(), *_CONDITION)
     record: dict[str, Any] = {"format": RECORD_FORMAT}
     if isinstance(model, LatentDiffusion):
         record |= {name: tensors.pop(name) for name in _LATENT}
@@ -57,11 +56,10 @@ def save_compvis(model: nn.Module, path: str | Path) -> Path:
         content["global_step"] = description.step or 0
         content[RECORD] = {**record, "description": json.dumps(description.plain())}
     yaml = path.with_suffix(".yaml")
-    text = configuration.to_yaml(config)
     with whole_file(path, durable=True) as file:
         torch.save(_without_slack(content), file)
     with whole_file(yaml, durable=True) as file:
-        file.write(text.encode())
+        file.write(configuration.to_yaml(config).encode())
     return yaml
 
 
@@ -74,17 +72,17 @@ def is_exported(path: str | Path) -> bool:
 
 
 def load_exported(path: str | Path, ema: bool = True) -> nn.Module:
-    """The model in a checkpoint that `save_compvis` wrote, by its record, without the YAML.
+    """The model in a checkpoint that `save_compvis` wrote (see `is_exported`), without the YAML.
 
     Raises:
         CheckpointError: the record is of another format, or keys are missing, extra or mis-shaped.
     """
-    weights = read_weights(path)
-    record = weights.extra.get(RECORD)
-    where = str(path)
-    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
-        found = record.get("format") if isinstance(record, dict) else None
-        raise CheckpointError(where, f"has format {found!r}; this version reads {RECORD_FORMAT!r}")
+    weights, where = read_weights(path), str(path)
+    record = weights.extra[RECORD]
+    if record.get("format") != RECORD_FORMAT:
+        raise CheckpointError(
+            where, f"has format {record.get('format')!r}; this version reads {RECORD_FORMAT!r}"
+        )
     try:
         found = json.loads(record["description"])
     except (ValueError, KeyError, TypeError) as error:
@@ -97,16 +95,15 @@ def load_exported(path: str | Path, ema: bool = True) -> nn.Module:
 def _our_tensors(model: nn.Module, weights: Weights, record: Mapping) -> dict[str, Tensor]:
     """The state dict under our names, the latents' scale out of the weights again."""
     found = {**weights.tensors, **(record.get("replaced") or {})}
-    ours, theirs = _CONDITION
     if isinstance(model, LatentDiffusion):
         found |= {name: record[name] for name in _LATENT if name in record}
-        found = {ours + n.removeprefix(theirs) if n.startswith(theirs) else n: t for n, t in found.items()}
+        found = _renamed(found, *reversed(_CONDITION))
     return found
 
 
-def _original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours, theirs = _CONDITION
-    return {theirs + n.removeprefix(ours) if n.startswith(ours) else n: t for n, t in tensors.items()}
+def _renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """The tensors, another beginning of names in place of one."""
+    return {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()}
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from torch import nn
 from ldm.arguments import arguments_of
 from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.originals.compvis_conditions import original_condition
-from ldm.conditioning import ClassLabel
 from ldm.config import signatures
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import DiscreteSchedule
@@ -20,8 +19,6 @@ from ldm.models.encoder_decoder import ddconfig_of
 from ldm.models.unet import UNetModel
 
 _GROUPS = 32  # of every GroupNorm of the original
-_ATTENTIONS = ("vanilla", "linear", "none")
-_NO_LOSS = {"target": "torch.nn.Identity"}
 # Of the UNet's arguments those that the original has not; of the others it has our defaults, but for one.
 _UNET_OURS = (
     *("transformer_depth_middle", "disable_middle_transformer", "attn_type", "attn_options", "num_groups"),
@@ -57,9 +54,7 @@ def _latent_diffusion(model: LatentDiffusion, folded: bool, reasons: list[str]) 
         reasons.append(f"its images are {model.image_size[0]}x{model.image_size[1]}, not square")
     scales = set(model.latent_scale.flatten().tolist())
     if not folded and (len(scales) > 1 or model.latent_shift.any()):
-        reasons.append(
-            "its latents have a shift or a scale for each channel, which only an AutoencoderKL can take up"
-        )
+        reasons.append("its latents have a shift or a scale for each channel, and no AutoencoderKL for it")
     params = {
         **_schedule(model.denoiser, reasons),
         "log_every_t": 200,
@@ -100,12 +95,8 @@ def _unet(unet: nn.Module, image_size: int, reasons: list[str]) -> dict[str, Any
         reasons.append(f"its network is a {type(unet).__name__}, not a UNetModel")
         return {}
     found = arguments_of(unet)
-    if found["num_groups"] != _GROUPS:
-        reasons.append(f"num_groups of the network is not {_GROUPS}")
-    if found["attn_type"] != "attention":
-        reasons.append("attn_type of the network is not attention")
-    if found["disable_middle_transformer"]:
-        reasons.append("disable_middle_transformer")
+    fixed = {"num_groups": _GROUPS, "attn_type": "attention", "disable_middle_transformer": False}
+    reasons += [f"{name} of the network is not {only}" for name, only in fixed.items() if found[name] != only]
     for name in ("num_res_blocks", "transformer_depth"):
         if not isinstance(found[name], int) and len(set(found[name])) == 1:
             found[name] = found[name][0]
@@ -123,10 +114,8 @@ def _unet(unet: nn.Module, image_size: int, reasons: list[str]) -> dict[str, Any
         for name, value in found.items()
         if name not in _UNET_OURS and value != _UNET_DEFAULTS[name]
     }
-    return {
-        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        "params": {"image_size": image_size, **given},
-    }
+    target = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+    return {"target": target, "params": {"image_size": image_size, **given}}
 
 
 def _first_stage(model: nn.Module, vq_class: str, reasons: list[str]) -> dict[str, Any]:
@@ -140,11 +129,12 @@ def _first_stage(model: nn.Module, vq_class: str, reasons: list[str]) -> dict[st
     if ddconfig.pop("num_groups") != _GROUPS:
         reasons.append(f"num_groups of the first stage is not {_GROUPS}")
     ddconfig.pop("attn_options")
-    if ddconfig["attn_type"] not in _ATTENTIONS:
+    if ddconfig["attn_type"] not in ("vanilla", "linear", "none"):
         reasons.append(f"attn_type of the first stage is {ddconfig['attn_type']}")
     if found.get("remap") is not None:
         reasons.append("the codebook's indices are remapped by a list; the original reads it from a file")
-    params = {"embed_dim": found["embed_dim"], "ddconfig": ddconfig, "lossconfig": dict(_NO_LOSS)}
+    no_loss = {"target": "torch.nn.Identity"}
+    params = {"embed_dim": found["embed_dim"], "ddconfig": ddconfig, "lossconfig": no_loss}
     if isinstance(model, AutoencoderKL):
         return {"target": target + "AutoencoderKL", "params": params}
     params = {"n_embed": found["n_embed"], "sane_index_shape": found["sane_index_shape"], **params}
@@ -157,14 +147,10 @@ def _condition(model: LatentDiffusion, reasons: list[str]) -> dict[str, Any]:
     names = ("conditioning_key", "cond_stage_key", "cond_stage_config")
     if not embedders:
         return dict(zip(names, (None, "class_label", "__is_unconditional__"), strict=True))
-    if len(embedders) == 1 and type(embedders[0]) is ClassLabel:
-        return dict(zip(names, ("adm", "class_label", {"target": "torch.nn.Identity"}), strict=True))
     found = original_condition(embedders[0]) if len(embedders) == 1 else None
     if found is not None:
-        return dict(zip(names, ("crossattn", *found), strict=True))
+        return dict(zip(names, found, strict=True))
     listed = ", ".join(f"{type(e).__name__}({e.kind})" for e in embedders)
-    reasons.append(
-        f"its conditions are {listed}; written are class labels, class tokens, and the texts of BERTEmbedder "
-        "(8 heads of 64) and CLIP (published sizes) for cross-attention alone"
-    )
+    written = "class labels, class tokens, texts of BERTEmbedder (8 heads of 64) or CLIP (published sizes)"
+    reasons.append(f"its conditions are {listed}; written are {written}")
     return {}

@@ -2,21 +2,21 @@
 
 These projects have no YAML. A config for them is a bare `target:` with `params:`, either a network
 (`guided_diffusion.unet.UNetModel`) or the function that makes one from the published flags
-(`guided_diffusion.script_util.create_model_and_diffusion`), and beside it, optionally, the section
-`diffusion:` with the flags of the diffusion. With that section a network becomes a `LatentDiffusion` over
-pixels, which can be sampled; without it, it stays a bare network.
+(`guided_diffusion.script_util.create_model_and_diffusion`). With the flags of the diffusion, for a network
+in a section `diffusion:` beside it, it becomes a `LatentDiffusion` over pixels, which can be sampled.
 
 Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), Dhariwal & Nichol 2021
 (https://arxiv.org/abs/2105.05233).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ldm.checkpoints.description import node
 from ldm.checkpoints.originals import compvis
-from ldm.checkpoints.originals.original_yaml import Part, Reading
-from ldm.checkpoints.originals.translation import Translated, arguments_for, lookup, take_given
+from ldm.checkpoints.originals.original_yaml import Part, Reading, Translated
+from ldm.config.signatures import parameters
 from ldm.models.encoder_unet import EncoderUNetModel
 
 NUM_CLASSES = 1000  # of ImageNet: `class_cond` has no other
@@ -46,10 +46,10 @@ def super_res(part: Part) -> Translated:
 
 
 def classifier(part: Part) -> Translated:
-    params = take_given(part, *arguments_for(EncoderUNetModel, ("use_fp16",)))
     part.only("dims", (2,), "only images are supported")
-    part.finish("use_fp16", "num_heads_upsample")  # there is no upsampling
-    return Translated(node("models.encoder_unet.EncoderUNetModel", **params))
+    given = [name for name in parameters(EncoderUNetModel) if name != "use_fp16"]
+    ignored = ("use_fp16", "num_heads_upsample")  # there is no upsampling
+    return Translated(part.node("models.encoder_unet.EncoderUNetModel", *given, ignored=ignored))
 
 
 # The published flags
@@ -60,14 +60,13 @@ def _flags(part: Part, size_name: str) -> tuple[int, dict[str, Any]]:
     levels = MULTIPLIERS if size_name == "image_size" else SUPER_RES_MULTIPLIERS
     given = part.take("channel_mult", "") if size_name == "image_size" else ""
     size, multipliers = _size(part, size_name, levels, _numbers(given) if given != "" else None)
+    sides = _numbers(part.take("attention_resolutions", "16,8"))
     params = {
         "in_channels": 3,
         "model_channels": part.take("num_channels", 128),
         "out_channels": 6 if part.take("learn_sigma", False) else 3,
         "num_res_blocks": part.take("num_res_blocks", 2),
-        "attention_resolutions": [
-            size // side for side in _numbers(part.take("attention_resolutions", "16,8"))
-        ],
+        "attention_resolutions": [size // side for side in sides],
         "channel_mult": multipliers,
         "num_heads": part.take("num_heads", 4),
         "use_scale_shift_norm": part.take("use_scale_shift_norm", True),
@@ -75,7 +74,7 @@ def _flags(part: Part, size_name: str) -> tuple[int, dict[str, Any]]:
     if part.take("class_cond", False):
         params["num_classes"] = NUM_CLASSES
     optional = ("num_head_channels", "num_heads_upsample", "dropout", "use_checkpoint", "resblock_updown")
-    return size, params | take_given(part, *optional, "use_new_attention_order")
+    return size, params | part.given(*optional, "use_new_attention_order")
 
 
 def _size(part: Part, name: str, levels: dict, given: list | None = None) -> tuple[int, list]:
@@ -111,35 +110,26 @@ _FLAGS = {
 }
 
 
-def create_model(part: Part) -> Translated:
-    _, params = _flags(part, "image_size")
-    part.finish("use_fp16")
-    return Translated(node("models.unet.UNetModel", **params))
-
-
-def create_model_and_diffusion(part: Part) -> Translated:
-    diffusion = _diffusion_flags(part)
-    size, params = _flags(part, "image_size")
-    part.finish("use_fp16")
-    return with_diffusion(
-        node("models.unet.UNetModel", **params), diffusion, size, part.place(), part.reading
-    )
-
-
-def sr_create_model_and_diffusion(part: Part) -> Translated:
-    diffusion = _diffusion_flags(part)
-    size, params = _flags(part, "large_size")
-    part.finish("use_fp16", "small_size")  # any low resolution is taken
-    network = node("models.encoder_unet.SuperResModel", **params)
+def from_flags(
+    part: Part,
+    target: str = "models.unet.UNetModel",
+    size_name: str = "image_size",
+    diffused: bool = True,
+    ignored: tuple = (),
+) -> Translated:
+    diffusion = {}
+    if diffused:
+        alike = ("predict_xstart", "rescale_timesteps", "sigma_small")
+        # The default of improved-diffusion, unlike guided-diffusion's.
+        diffusion = {"rescale_timesteps": True} if part.target.startswith("improved_diffusion.") else {}
+        diffusion |= part.given(*_FLAGS, *alike, *TRAINING)
+        diffusion["learn_sigma"] = bool(part.params.get("learn_sigma", False))
+    size, params = _flags(part, size_name)
+    part.finish("use_fp16", *ignored)
+    network = node(target, **params)
+    if not diffused:
+        return Translated(network)
     return with_diffusion(network, diffusion, size, part.place(), part.reading)
-
-
-def _diffusion_flags(part: Part) -> dict[str, Any]:
-    alike = ("predict_xstart", "rescale_timesteps", "sigma_small")
-    given = take_given(part, *_FLAGS, *alike, *TRAINING)
-    if part.target.startswith("improved_diffusion."):
-        given.setdefault("rescale_timesteps", True)  # its default, unlike guided-diffusion's
-    return given | {"learn_sigma": bool(part.params.get("learn_sigma", False))}
 
 
 def create_classifier(part: Part) -> Translated:
@@ -169,7 +159,35 @@ def with_diffusion(network: dict, diffusion: dict, size: int, path: str, reading
     """A network as a `LatentDiffusion` over pixels; its file still has the bare network's names."""
     path = f"{path}.diffusion" if path else "diffusion"
     flags = _diffusion_of(diffusion, path, reading)
-    steps, learned, name = flags["timesteps"], flags["learn_sigma"], flags["beta_schedule"]
+    learned, respacing = bool(flags["learn_sigma"]), str(flags["respacing"])
+    ddim = "leading" if respacing.startswith("ddim") or not respacing else "respaced"
+    variance = "learned" if learned else "small" if flags["sigma_small"] else "large"
+    params, embedders = network["params"], []
+    if (classes := params.get("num_classes")) is not None:
+        embedders.append(node("conditioning.vectors.Labels", num_classes=classes, key="label", also=["y"]))
+    if network["target"].endswith(".SuperResModel"):  # its condition is an image beside the noisy one
+        embedders.append(node("conditioning.maps.ImageMap", key="low_res", size=size))
+        network = node("models.unet.UNetModel", **params | {"in_channels": 2 * params["in_channels"]})
+    whole = node(
+        "latent_diffusion.LatentDiffusion",
+        first_stage=compvis.pixels(params["out_channels"] // (2 if learned else 1)),
+        network=network,
+        denoiser=node(
+            "diffusion.denoiser.Denoiser",
+            prediction="x0" if flags["predict_xstart"] else "eps",
+            learned_variance=learned,
+            schedule=_schedule(flags, path, reading),
+        ),
+        conditioner=node("conditioning.Conditioner", embedders=embedders),
+        image_size=size,
+        clip_x0=True,
+        sampler_defaults={"ddim": {"spacing": ddim}, "ddpm": {"spacing": "respaced", "variance": variance}},
+    )
+    return Translated(whole, lambda model: model.network)
+
+
+def _schedule(flags: dict, path: str, reading: Reading) -> dict:
+    steps, name = flags["timesteps"], flags["beta_schedule"]
     schedule = {"timesteps": steps, "schedule": BETAS.get(name, "cosine")}
     if name not in BETAS:
         reading.problem(f"{path}.beta_schedule", f"{name!r} is none of {', '.join(BETAS)}")
@@ -177,25 +195,7 @@ def with_diffusion(network: dict, diffusion: dict, size: int, path: str, reading
         schedule |= {"linear_start": 1e-4 * 1000 / steps, "linear_end": 2e-2 * 1000 / steps}
     if flags["rescale_timesteps"] and steps != 1000:
         reading.problem(f"{path}.rescale_timesteps", f"is not supported with {steps} steps, only with 1000")
-    respacing = str(flags["respacing"])
-    ddim = "leading" if respacing.startswith("ddim") or not respacing else "respaced"
-    variance = "learned" if learned else "small" if flags["sigma_small"] else "large"
-    whole = node(
-        "latent_diffusion.LatentDiffusion",
-        first_stage=compvis.pixels(network["params"]["out_channels"] // (2 if learned else 1)),
-        network=_joint_network(network),
-        denoiser=node(
-            "diffusion.denoiser.Denoiser",
-            prediction="x0" if flags["predict_xstart"] else "eps",
-            learned_variance=bool(learned),
-            schedule=node("diffusion.schedule.DiscreteSchedule", **schedule),
-        ),
-        conditioner=node("conditioning.Conditioner", embedders=_embedders(network, size)),
-        image_size=size,
-        clip_x0=True,
-        sampler_defaults={"ddim": {"spacing": ddim}, "ddpm": {"spacing": "respaced", "variance": variance}},
-    )
-    return Translated(whole, lambda model: model.network)
+    return node("diffusion.schedule.DiscreteSchedule", **schedule)
 
 
 def _diffusion_of(given: dict, path: str, reading: Reading) -> dict[str, Any]:
@@ -212,27 +212,6 @@ def _diffusion_of(given: dict, path: str, reading: Reading) -> dict[str, Any]:
     return _DIFFUSION | flags
 
 
-def _is_super_res(network: dict) -> bool:
-    return network["target"].endswith(".SuperResModel")
-
-
-def _joint_network(network: dict) -> dict:
-    """The super-resolution network takes its low-resolution image as a condition beside the noisy one."""
-    if not _is_super_res(network):
-        return network
-    params = network["params"] | {"in_channels": 2 * network["params"]["in_channels"]}
-    return node("models.unet.UNetModel", **params)
-
-
-def _embedders(network: dict, size: int) -> list[dict]:
-    embedders = []
-    if (classes := network["params"].get("num_classes")) is not None:
-        embedders.append(node("conditioning.vectors.Labels", num_classes=classes, key="label", also=["y"]))
-    if _is_super_res(network):
-        embedders.append(node("conditioning.maps.ImageMap", key="low_res", size=size))
-    return embedders
-
-
 NETWORKS: dict[str, Callable[[Part], Translated]] = {
     "guided_diffusion.unet.UNetModel": unet,
     "guided_diffusion.unet.SuperResModel": super_res,
@@ -241,20 +220,27 @@ NETWORKS: dict[str, Callable[[Part], Translated]] = {
     "improved_diffusion.unet.SuperResModel": super_res,
     "ldm.modules.diffusionmodules.openaimodel.EncoderUNetModel": classifier,
 }
+_create_model = partial(from_flags, diffused=False)
+_super_res_from_flags = partial(
+    from_flags,
+    target="models.encoder_unet.SuperResModel",
+    size_name="large_size",
+    ignored=("small_size",),  # any low resolution is taken
+)
 MODELS: dict[str, Callable[[Part], Translated]] = {
     **NETWORKS,
-    "guided_diffusion.script_util.create_model": create_model,
-    "guided_diffusion.script_util.create_model_and_diffusion": create_model_and_diffusion,
+    "guided_diffusion.script_util.create_model": _create_model,
+    "guided_diffusion.script_util.create_model_and_diffusion": from_flags,
     "guided_diffusion.script_util.create_classifier": create_classifier,
-    "guided_diffusion.script_util.sr_create_model_and_diffusion": sr_create_model_and_diffusion,
-    "improved_diffusion.script_util.create_model": create_model,
-    "improved_diffusion.script_util.create_model_and_diffusion": create_model_and_diffusion,
+    "guided_diffusion.script_util.sr_create_model_and_diffusion": _super_res_from_flags,
+    "improved_diffusion.script_util.create_model": _create_model,
+    "improved_diffusion.script_util.create_model_and_diffusion": from_flags,
 }
 
 
 def network(part: Part, diffusion: dict | None) -> Translated:
     """A network of OpenAI's, with its section `diffusion` or without."""
-    translate = lookup(part, MODELS, "network of OpenAI's")
+    translate = part.translator(MODELS, "network of OpenAI's")
     size = part.params.get("image_size")
     found = translate(part)
     if diffusion is None:

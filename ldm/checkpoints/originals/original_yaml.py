@@ -1,10 +1,10 @@
-"""Reading the YAML of an original project: the model in it, and nothing else.
+"""The YAML of an original project: the model in it, and nothing else; what its parts are read with.
 
-Such a file describes a whole training run. Only its model is wanted here; data sets that were never released,
-paths that do not exist and settings of the training are noted, and are no errors.
+Such a file describes a whole training run. Data sets that were never released, paths that do not exist and
+settings of the training are noted, and are no errors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,35 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
-from ldm.checkpoints.description import targets_of
+from ldm.checkpoints.description import node, targets_of
 from ldm.config import ConfigError
 from ldm.config.signatures import is_target
+from ldm.config.tree import reason_of
 from ldm.wording import did_you_mean, some
 
 _REQUIRED = object()
-_OF_A_RUN = "; a diffusion model's first stage is another run's: load the run's model.safetensors"
 # The learning rate stands beside `target` in all of these projects.
 _PART = ("target", "params", "base_learning_rate")
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A part in this toolkit's terms.
+
+    Attributes:
+        node: `{target, params}` as `ldm.config` builds it.
+        view: module -> one that shares its parameters, under the names that the original's files have.
+        averaged: beginning of the view's names of which files hold averaged copies ("" is all, None none).
+        latent_scale: whether the latents' scale stands in the file (`scale_by_std`), as `scale_factor`.
+    """
+
+    node: dict[str, Any]
+    view: Callable[[nn.Module], nn.Module] = lambda module: module
+    averaged: str | None = None
+    latent_scale: float | None = None
+    scale_in_file: bool = False
 
 
 @dataclass
@@ -80,19 +99,60 @@ class Part:
             self.reading.check()
         return default
 
+    def given(self, *names: str, **renamed: str) -> dict[str, Any]:
+        """The parameters that are given, of `names` and of `renamed` (theirs=ours), by our names."""
+        ours = {name: name for name in names} | renamed
+        self._known |= dict.fromkeys(ours)
+        return {ours[name]: self.params.pop(name) for name in ours if name in self.params}
+
     def part(self, name: str) -> "Part":
         """A parameter that is itself a part."""
         return Part(self.take(name), self.place(name), self.reading)
+
+    def translator(self, table: Mapping[str, Callable], what: str) -> Callable:
+        """Of the part's target; an unknown one is a problem that names the nearest."""
+        if self.target not in table:
+            near = did_you_mean(self.target, table)
+            known = ", ".join(dict.fromkeys(target.rpartition(".")[2] for target in table))
+            self.problem_beside("target", f"{self.target!r} is no known {what}{near} (known: {known})")
+            self.reading.check()
+        return table[self.target]
+
+    def translated(self, name: str, table: Mapping[str, Callable], what: str, *more: Any) -> Any:
+        """What a table's translator makes of a parameter that is itself a part."""
+        inner = self.part(name)
+        return inner.translator(table, what)(inner, *more)
+
+    def node(
+        self,
+        target: str,
+        *given: str,
+        needs: Collection[str] = (),
+        renamed: Mapping[str, str] | None = None,
+        ignored: Collection[str] = (),
+        **fixed: Any,
+    ) -> dict[str, Any]:
+        """The whole part as one of ours, `{target, params}`, that differs in names alone.
+
+        Args:
+            given, needs: parameters that it may and must have; `renamed` (theirs: ours) it may have.
+            ignored: as for `finish`.
+            fixed: our parameters, whatever is given.
+        """
+        params = {name: self.take(name) for name in needs} | self.given(*given, **(renamed or {}))
+        self.finish(*ignored)
+        return node(target, **(params | fixed))
 
     def take_beside(self, name: str, default: Any = None) -> Any:
         """The value of a key that stands beside `target`."""
         return self._beside.pop(name, default)
 
-    def only(self, name: str, allowed: tuple, why: str) -> None:
+    def only(self, name: str, allowed: tuple, why: str) -> Any:
         """Take a parameter that is known, but only with the values `allowed` (the first is its default)."""
         value = self.take(name, allowed[0])
         if value not in allowed:
             self.problem(name, f"is {value!r}; {why}")
+        return value
 
     def problem(self, name: str, what: str) -> None:
         """A problem with a parameter."""
@@ -122,9 +182,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Original:
-    """The model part of a YAML, and the section `diffusion` that may stand beside it (see
-    `ldm.checkpoints.originals.openai`).
-    """
+    """The model part of a YAML, and the section `diffusion` that may stand beside it (see `openai`)."""
 
     model: Part
     diffusion: dict | None
@@ -141,28 +199,33 @@ def read_original(config: str | Path | Mapping) -> Original:
         ConfigError: no such file, not YAML, no model in it, or an interpolation that leads nowhere.
     """
     tree, origin = read_tree(config)
-    if "model" in tree:
-        path, read = "model", ("model",)
-    elif "target" in tree:
-        path, read = "", ("target", "params", "diffusion")
-    else:
+    path = "model" if "model" in tree else ""
+    if not path and "target" not in tree:
         has = some(list(map(str, tree)), 20) or "nothing"
-        hint = _OF_A_RUN if "network" in tree else ""
+        hint = "; a first stage is another run's: load its model.safetensors" if "network" in tree else ""
         raise ConfigError(f"{origin}: has neither `model:` nor `target:` at its top, but {has}{hint}")
     try:
-        selected = tree.model if path else OmegaConf.masked_copy(tree, list(tree))
+        selected = tree.model if path else tree
         if isinstance(selected, DictConfig):
             selected = OmegaConf.to_container(selected, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None) or path
-        reason = str(error).strip().split("\n")[0]
-        hint = "references are to the whole file: give the whole"
-        raise ConfigError(f"{origin}: {where}: {reason} ({hint})") from error
-    reading, diffusion = Reading(origin), None
+        where, hint = (
+            getattr(error, "full_key", None) or path,
+            "references are to the whole file: give the whole",
+        )
+        raise ConfigError(f"{origin}: {where}: {reason_of(error)} ({hint})") from error
+    reading = Reading(origin)
+    diffusion = None if path else selected.pop("diffusion", None)
     if not path:
-        diffusion = selected.pop("diffusion", None)
         selected = {name: selected[name] for name in _PART if name in selected}
-    _note_sections(tree, read, reading)
+    for name, section in OmegaConf.to_container(tree, resolve=False).items():
+        if (
+            name not in ((path,) if path else ("target", "params", "diffusion"))
+            and name != "base_learning_rate"
+        ):
+            targets = dict.fromkeys(t for t in targets_of(section) if not t.startswith("main."))
+            names = f" (it names {', '.join(targets)})" if name == "data" and targets else ""
+            reading.note(str(name), f"not read, only the model is wanted{names}")
     return Original(Part(selected, path, reading), diffusion, reading)
 
 
@@ -176,11 +239,11 @@ def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
         return OmegaConf.create(config) if isinstance(config, Mapping) else config, "the config"
     path = Path(config)
     if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        beside = sorted(p.name for p in folder.glob("*.y*ml"))
+        beside = sorted(p.name for p in (path if path.is_dir() else path.parent).glob("*.y*ml"))
+        what = f"no such file{did_you_mean(path.name, beside)}"
         if path.is_dir():
-            raise ConfigError(f"{path}: is a folder, not a YAML file (in it: {some(beside) or 'none'})")
-        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, beside)}")
+            what = f"is a folder, not a YAML file (in it: {some(beside) or 'none'})"
+        raise ConfigError(f"{path}: {what}")
     try:
         tree = OmegaConf.load(path)
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -188,13 +251,3 @@ def read_tree(config: str | Path | Mapping) -> tuple[DictConfig, str]:
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with `model:` or `target:`")
     return tree, str(path)
-
-
-def _note_sections(tree: DictConfig, read: tuple[str, ...], reading: Reading) -> None:
-    """Say which sections were not read, and which data sets a data section names."""
-    for name, section in OmegaConf.to_container(tree, resolve=False).items():
-        if name in read or name == "base_learning_rate":
-            continue
-        targets = dict.fromkeys(t for t in targets_of(section) if not t.startswith("main."))
-        names = f" (it names {', '.join(targets)})" if name == "data" and targets else ""
-        reading.note(str(name), f"not read, only the model is wanted{names}")

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ldm.checkpoints import building
 from ldm.checkpoints.description import Description
 from ldm.checkpoints.originals import compvis, openai, sgm
-from ldm.checkpoints.originals.original_yaml import Original, Part, read_original
-from ldm.checkpoints.originals.translation import Translated, lookup
+from ldm.checkpoints.originals.original_yaml import Original, Part, Translated, read_original
 from ldm.checkpoints.strict import HARMLESS, check_keys, load_strict
 from ldm.config import ConfigError
 from ldm.config.signatures import resolve_target
@@ -51,9 +50,6 @@ def load_published(
 ) -> nn.Module:
     """The model in a checkpoint of latent-diffusion, Stable Diffusion, sgm or OpenAI's diffusion projects.
 
-    `model.description` says what was loaded: its `model` is the YAML in this toolkit's terms, `notes` what
-    in the YAML was not read.
-
     Args:
         path: .ckpt, .pt, .pth, .bin, .safetensors, or the index of shards.
         config: the original project's YAML, unchanged, or one of this toolkit with a `model:` or a bare
@@ -62,10 +58,8 @@ def load_published(
         dtype: of the floating-point parameters; None is float32.
 
     Raises:
-        ConfigError: an unknown target or parameter, or one that is not supported; all of them, with
-            their paths in the YAML.
-        CheckpointError: the file is damaged, unsafe, or has missing, extra or mis-shaped keys; lists all,
-            under the names that the file has.
+        ConfigError: all unknown or unsupported targets and parameters, with their paths in the YAML.
+        CheckpointError: the file is damaged, unsafe, or has missing, extra or mis-shaped keys.
     """
     original = read_original(config)
     translated = translate(original)
@@ -108,7 +102,7 @@ def _translate(part: Part, diffusion: dict | None) -> Translated:
         part.reading.problem("diffusion", f"does not go with {part.target}")
     if part.target not in MODELS and _is_native(part.target):
         return Translated({"target": part.target, "params": part.params})
-    return lookup(part, MODELS | openai.MODELS, "model")(part)
+    return part.translator(MODELS | openai.MODELS, "model")(part)
 
 
 def _is_native(target: str) -> bool:
@@ -127,17 +121,12 @@ def build_empty(
 
 
 def fill(model: nn.Module, translated: Translated, weights: Weights, ema: bool, where: str) -> bool:
-    """Put a file's weights into a model that `build_empty` made; True if they are the averaged ones.
-
-    Raises:
-        CheckpointError: missing, extra or mis-shaped keys, or a scale of the latents that is not the YAML's.
-    """
+    """Put a file's weights into a model that `build_empty` made; True if they are the averaged ones."""
     view, tensors, name = translated.view(model), dict(weights.tensors), type(model).__name__
     # First: of a file that holds another model, the averages would be the lesser part of the matter.
     check_keys(view, tensors, ignore=PUBLISHED_HARMLESS, where=where, name=name)
-    averaged = (
-        ema and translated.averaged is not None and take_averaged(tensors, view, translated.averaged, where)
-    )
+    beginning = translated.averaged if ema else None
+    averaged = beginning is not None and take_averaged(tensors, view, beginning, where)
     if translated.latent_scale is not None and not translated.scale_in_file:
         _check_scale(tensors.get("scale_factor"), translated.latent_scale, where)
     rules = _AVERAGED_HARMLESS if averaged else PUBLISHED_HARMLESS
@@ -150,15 +139,9 @@ def fill(model: nn.Module, translated: Translated, weights: Weights, ema: bool, 
 
 
 def take_averaged(tensors: dict[str, Tensor], view: nn.Module, beginning: str, where: str) -> bool:
-    """Replace the parameters of a state dict by their averaged copies, if it has any, and remove these.
+    """Replace the parameters of a state dict, in place, by their averaged copies, if it has any.
 
-    Args:
-        tensors: changed in place.
-        view: has the parameters under the file's names.
-        beginning: of the names that were averaged; the copies' names leave it out.
-
-    Raises:
-        CheckpointError: some parameters have an averaged copy and others none.
+    Those of `view` with this beginning of their names were averaged; the copies' names leave it out.
     """
     counters = {EMA_PREFIX + name for name in EMA_EXTRAS}
     if not any(name.startswith(EMA_PREFIX) and name not in counters for name in tensors):
@@ -180,13 +163,8 @@ def ema_names(parameter_names: Iterable[str]) -> dict[str, str]:
     The original's averaging stores each parameter as a buffer, whose name may hold no dot, so it deletes
     every dot. That cannot be undone, hence the map is built forwards: `model_ema.` + the name, dotless.
 
-    Args:
-        parameter_names: as in the module that was averaged. The original averages `model`, the wrapper of the
-            UNet, so its names begin with `diffusion_model.`; an autoencoder's averages the whole of itself.
-
     Raises:
-        ValueError: two parameters have the same name once their dots are gone, or one takes the name of the
-            averaging's own `decay` or `num_updates`.
+        ValueError: two parameters have the same name once their dots are gone, or one that of a counter.
     """
     names: dict[str, str] = {}
     for name in parameter_names:

@@ -13,7 +13,7 @@ from ldm.checkpoints.building import build_empty
 from ldm.checkpoints.description import NotExpressible
 from ldm.checkpoints.diffusers.export import save_diffusers
 from ldm.checkpoints.diffusers.folder import load_diffusers
-from ldm.checkpoints.diffusers.names import from_diffusers, unet_places
+from ldm.checkpoints.diffusers.names import from_diffusers, places_of
 from ldm.checkpoints.diffusers.part import shapes_of
 from ldm.checkpoints.diffusers.unet_reading import unet_part
 from ldm.checkpoints.diffusers.unet_writing import unet_config
@@ -208,7 +208,7 @@ def test_published_networks_have_every_name_and_shape(name):
         theirs = diffusers.UNet2DConditionModel(**config)
     network = build_empty(unet_part({"_class_name": type(theirs).__name__, **config}, name), name)
     assert sum(p.numel() for p in network.parameters()) == size
-    places = unet_places(network, "add_embedding" if "addition_embed_type" in config else "class_embedding")
+    places = places_of(network, "add_embedding" if "addition_embed_type" in config else "class_embedding")
     shapes = shapes_of(network)
     found = from_diffusers(theirs.state_dict(), places, shapes, name, "UNet2DConditionModel")
     assert {n: tuple(t.shape) for n, t in found.items()} == shapes
@@ -331,13 +331,13 @@ def test_a_later_option_that_is_off_is_no_obstacle(exported):
         ({**PLAIN, "num_attention_blocks": [1, 1]}, "num_attention_blocks"),
         ({**PLAIN, "channel_mult": [2, 4]}, "model_channels"),
         ({**PLAIN, "n_embed": 7}, "n_embed"),
-        ({**PLAIN, "attn_type": "se", "attn_options": {"reduction": 4}}, "attn_type is se"),
+        ({**PLAIN, "attn_type": "se", "attn_options": {"reduction": 4}}, "attn_type is 'se'"),
         ({**PLAIN, "dims": 1}, "dims"),
         ({**CROSS, "resblock_updown": True}, "resblock_updown"),
         ({**CROSS, "disable_middle_self_attn": True}, "middle"),
         ({**CROSS, "disable_middle_transformer": True}, "middle"),
         ({**CROSS, "transformer_depth_middle": 3}, "depth 3"),
-        ({**CROSS, "context_dim": None, "use_spatial_transformer": True}, "no context"),
+        ({**CROSS, "context_dim": None, "use_spatial_transformer": True}, "context_dim is None"),
     ],
 )
 def test_networks_that_diffusers_cannot_hold_are_refused(tmp_path, options, reason):

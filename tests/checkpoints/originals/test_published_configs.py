@@ -214,7 +214,7 @@ def test_unknown_parameters_are_listed_with_their_places():
             lambda p: p["cond_stage_config"].update(target="ldm.modules.encoders.modules.ClasEmbedder"),
             "did you mean ldm.modules.encoders.modules.ClassEmbedder?",
         ),
-        (lambda p: p.update(parameterization="mu"), "model.params.parameterization: 'mu'"),
+        (lambda p: p.update(parameterization="mu"), "model.params.parameterization: is 'mu'"),
         (lambda p: p.update(conditioning_key="hybrid-adm"), "model.params.conditioning_key"),
         (lambda p: p.update(v_posterior=0.5), "model.params.v_posterior"),
         (lambda p: p.pop("unet_config"), "needs unet_config"),
