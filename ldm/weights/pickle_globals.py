@@ -5,7 +5,7 @@ The reader never imports or calls what a file names; this is about telling an ho
 - *Mention*: any name outside Python's standard library may be mentioned, because old Lightning checkpoints
   use classes as dictionary keys. Of the standard library only the data types of `STANDARD_DATA` may: no
   honest checkpoint has a use for `posix.system`.
-- *Construct* (the opcode NEWOBJ, or copyreg's two helpers, which create an object without calling its
+- *Construct* (the opcode NEWOBJ, or copyreg's helper, which create an object without calling its
   `__init__`): everything that may be mentioned; it becomes a `Placeholder`.
 - *Call* (the opcode REDUCE): only what `ldm.weights.plain_values` makes values of, with functions of this
   project, and the names of `is_inert_call`, which become a `Placeholder`. Any other call is refused.
@@ -14,16 +14,11 @@ The reader never imports or calls what a file names; this is about telling an ho
 import re
 import sys
 
-from ldm.weights.placeholders import GlobalName
+from ldm.weights.stand_ins import GlobalName
 
 # Names that moved: what Python 2 and other releases of numpy called them.
-_MOVED = {
-    "__builtin__": "builtins",
-    "copy_reg": "copyreg",
-    "_operator": "operator",
-    "pathlib._abc": "pathlib",
-    "pathlib._local": "pathlib",
-}
+_MOVED = {"__builtin__": "builtins", "copy_reg": "copyreg", "_operator": "operator"}
+_MOVED |= {"pathlib._abc": "pathlib", "pathlib._local": "pathlib"}
 _MOVED_NAMES = {"builtins.unicode": "str", "builtins.long": "int", "builtins.xrange": "range"}
 
 # Removed from newer Pythons, or of Python 2, or not listed by `sys`.
@@ -33,59 +28,30 @@ _OLDER_STANDARD_LIBRARY = """
 """
 _STANDARD_LIBRARY = frozenset(sys.stdlib_module_names) | frozenset(_OLDER_STANDARD_LIBRARY.split())
 
-_STANDARD_DATA = """
-    builtins: bool bytearray bytes complex dict float frozenset int list object range set slice str tuple type
-    builtins: Ellipsis NoneType NotImplemented
-    collections: Counter OrderedDict defaultdict deque
-    collections.abc: Callable Iterable Mapping MutableMapping MutableSequence Sequence
-    _codecs: encode
-    copyreg: _reconstructor __newobj__
-    argparse: Namespace
-    types: SimpleNamespace NoneType
-    pathlib: Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath
-    datetime: date datetime time timedelta timezone
-    decimal: Decimal
-    fractions: Fraction
-    uuid: UUID SafeUUID
-    functools: partial
-    operator: getitem
-    typing: Any Dict FrozenSet List Literal Mapping Optional Sequence Set Tuple Union
-    dataclasses: _MISSING_TYPE _HAS_DEFAULT_FACTORY_CLASS
-    inspect: _empty
+_STANDARD_DATA = r"""
+    builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple|type)
+    builtins\.(Ellipsis|NoneType|NotImplemented)  types\.(SimpleNamespace|NoneType)  argparse\.Namespace
+    collections\.(Counter|OrderedDict|defaultdict|deque)  (collections\.abc|typing)\.[A-Z]\w+
+    pathlib\.\w*Path  datetime\.(date|datetime|time|timedelta|timezone)  decimal\.Decimal  fractions\.Fraction
+    uuid\.(UUID|SafeUUID)  functools\.partial  operator\.getitem  _codecs\.encode  copyreg\._reconstructor
+    dataclasses\.(_MISSING_TYPE|_HAS_DEFAULT_FACTORY_CLASS)  inspect\._empty
 """
-# `operator.getitem` is how `typing.Dict[str, int]` is stored.
-STANDARD_DATA = frozenset(
-    GlobalName(module.strip(), name)
-    for module, _, names in (line.partition(":") for line in _STANDARD_DATA.split("\n"))
-    for name in names.split()
-)
-
-# Paths, dates, numbers, identifiers, hyperparameters, types, layouts and versions, from plain values; a
-# function with arguments bound (binding does not call it); the state of a random generator.
+# Dates, numbers, identifiers, types and layouts, from plain values; a function with arguments bound (binding
+# does not call it); `typing.Dict[str, int]`, which is stored as getitem; the state of a random generator.
 _INERT_CALLS = r"""
-    pathlib\.\w*Path  datetime\.\w+  decimal\.Decimal  fractions\.Fraction  uuid\.(UUID|SafeUUID)
-    types\.SimpleNamespace  argparse\.Namespace  functools\.partial  numpy\.dtype
-    numpy\.random\._pickle\.__(randomstate|generator|bit_generator)_ctor
-    torch\.serialization\._get_layout  torch\.torch_version\.TorchVersion
+    datetime\.\w+  decimal\.Decimal  fractions\.Fraction  uuid\.(UUID|SafeUUID)  functools\.partial
+    builtins\.slice  operator\.getitem  pathlib\.PureWindowsPath  numpy\.dtype
+    numpy\.random\._pickle\.__(randomstate|generator|bit_generator)_ctor  torch\.serialization\._get_layout
 """
-_INERT = re.compile("|".join(_INERT_CALLS.split()))
+STANDARD_DATA, _INERT = (re.compile("|".join(names.split())) for names in (_STANDARD_DATA, _INERT_CALLS))
 # Enum members are stored as a call of the class with the member's value.
 _ENUMS = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|lightning_lite|omegaconf|torch\.optim)"
     r"(\.[a-z_]\w*)*(\.[A-Z]\w*)+"
 )
 
-_ON_THE_CPU = "tensors of this device are not read; save them on the CPU"
-UNSUPPORTED_CALLS: dict[str, str] = {
-    "torch._utils._rebuild_qtensor": "quantized tensors are not read",
-    "torch._utils._rebuild_sparse_tensor": "sparse tensors are not read",
-    "torch._utils._rebuild_sparse_csr_tensor": "sparse tensors are not read",
-    "torch._utils._rebuild_nested_tensor": "nested tensors are not read",
-    "torch._utils._rebuild_wrapper_subclass": "tensor subclasses that wrap others are not read",
-    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on the meta device has no data",
-    "torch._utils._rebuild_device_tensor_from_numpy": _ON_THE_CPU,
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _ON_THE_CPU,
-}
+# Quantized, sparse, nested and wrapped tensors, and those that have no data or are of other devices.
+UNREAD_TENSORS = re.compile(r"torch\._utils\._rebuild_(qtensor|sparse|nested|wrapper|meta|device)\w*")
 
 
 def normalised(module: str, name: str) -> GlobalName:
@@ -100,7 +66,7 @@ def may_mention(name: GlobalName) -> bool:
     """Whether an honest checkpoint can hold this name at all."""
     root = name.module.partition(".")[0]
     if root in _STANDARD_LIBRARY:
-        return name in STANDARD_DATA
+        return STANDARD_DATA.fullmatch(str(name)) is not None
     *outer, last = name.name.split(".")
     # `torch.serialization` + `os.system` is os.system by another road; so is anything through a dunder.
     through = [*name.module.split(".")[1:], *outer]
@@ -112,4 +78,4 @@ def is_inert_call(name: GlobalName, arguments: tuple) -> bool:
     """Whether a call of this name only stores data, so that a placeholder can stand for it."""
     if _ENUMS.fullmatch(str(name)):
         return len(arguments) == 1 and type(arguments[0]) in (str, int)
-    return bool(_INERT.fullmatch(str(name)))
+    return _INERT.fullmatch(str(name)) is not None

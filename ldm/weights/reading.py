@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsupportedCheckpoint
 from ldm.weights.mapped import MappedFile
-from ldm.weights.placeholders import name_of
 from ldm.weights.safetensors_files import MAX_HEADER, read_safetensors
+from ldm.weights.stand_ins import name_of
 from ldm.weights.torch_files import read_legacy, read_zip
 from ldm.wording import did_you_mean, some
 

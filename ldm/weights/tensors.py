@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.weights.budget import Budget
 from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
-from ldm.weights.placeholders import GlobalName, Placeholder, name_of
+from ldm.weights.pickle_scan import Budget
+from ldm.weights.stand_ins import GlobalName, name_of
 
 _INT64 = 2**63
 _MAX_DIMENSIONS = 64
@@ -59,19 +59,17 @@ def check_bools(tensor: Tensor, where: str) -> None:
 
 def _tensor(budget: Budget, storage, offset, shape, stride, _requires_grad=False, hooks=None, metadata=None):
     """`_rebuild_tensor` and its second version."""
-    if not isinstance(storage, Storage):
-        raise budget.damaged("a tensor without a storage")
+    budget.require(isinstance(storage, Storage), "a tensor without a storage")
     return _tensor_v3(budget, storage, offset, shape, stride, False, hooks, storage.dtype, metadata)
 
 
 def _tensor_v3(budget: Budget, storage, offset, shape, stride, _requires_grad, hooks, dtype, metadata=None):
     """`_rebuild_tensor_v3`: tensors of one storage share its memory, as they did when they were saved."""
     _no_hooks(budget, hooks)
+    known = isinstance(storage, Storage) and isinstance(dtype, torch.dtype)
+    budget.require(known, "a tensor without a storage or a type")
     flags = {} if metadata is None else metadata
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
-        raise budget.damaged("a tensor without a storage or a type")
-    if not isinstance(flags, dict) or set(flags) - {"conj", "neg"}:
-        raise budget.damaged("a tensor with unknown metadata")
+    budget.require(not set(flags) - {"conj", "neg"}, "a tensor with unknown metadata")
     tensor = _view(budget, storage.untyped, dtype, offset, shape, stride)
     if dtype is torch.bool:
         budget.spend(tensor.numel() // _BOOLS_A_STEP)
@@ -83,17 +81,17 @@ def _tensor_v3(budget: Budget, storage, offset, shape, stride, _requires_grad, h
 
 def _view(budget: Budget, storage: torch.UntypedStorage, dtype, offset, shape, stride) -> Tensor:
     """A view of `storage`; offset and stride count elements. torch itself would enlarge the storage."""
-    if not all(map(_are_indices, (shape, stride, (offset,)))) or len(shape) != len(stride):
-        raise budget.damaged("a tensor with an impossible shape, stride or offset")
+    possible = all(map(_are_indices, (shape, stride, (offset,)))) and len(shape) == len(stride)
+    budget.require(possible, "a tensor with an impossible shape, stride or offset")
     count = math.prod(shape)
-    if count >= _INT64:
-        raise budget.damaged("a tensor with an impossible shape")
+    budget.require(count < _INT64, "a tensor with an impossible shape")
     reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if count else 0
     held = storage.nbytes() // dtype.itemsize
-    if offset + reach > held:
-        raise budget.damaged(f"a tensor of {offset + reach} elements in a storage of {held}")
-    if count > held and count * dtype.itemsize > _MAX_EXPANDED:
-        raise budget.damaged(f"a tensor that repeats {held} elements into {count * dtype.itemsize} bytes")
+    budget.require(offset + reach <= held, f"a tensor of {offset + reach} elements in a storage of {held}")
+    nbytes = count * dtype.itemsize
+    budget.require(
+        count <= held or nbytes <= _MAX_EXPANDED, f"a tensor that repeats {held} elements into {nbytes} bytes"
+    )
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
 
 
@@ -105,21 +103,13 @@ def _are_indices(values: object) -> bool:
 def _no_hooks(budget: Budget, hooks: Any) -> None:
     """Backward hooks are functions that run in training; honest weights have an empty dict there."""
     if hooks:
-        inside = (
-            hooks.values()
-            if isinstance(hooks, dict)
-            else hooks
-            if isinstance(hooks, tuple | list)
-            else [hooks]
-        )
-        names = [name_of(value) for value in inside if isinstance(value, GlobalName | Placeholder)]
-        raise budget.refusal((names or ["unnamed"])[0], "attaches to a tensor the backward hook")
+        inside = list(hooks.values()) if isinstance(hooks, dict) else [hooks]
+        raise budget.refusal(name_of(inside[0]), "attaches to a tensor the backward hook")
 
 
 def _parameter(budget: Budget, data, _requires_grad=True, hooks=None, _state=None) -> Tensor:
     """`_rebuild_parameter` with or without a state: the tensor, without Python attributes."""
-    if not isinstance(data, Tensor):
-        raise budget.damaged("a parameter without data")
+    budget.require(isinstance(data, Tensor), "a parameter without data")
     _no_hooks(budget, hooks)
     return data
 
