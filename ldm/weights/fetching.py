@@ -49,11 +49,8 @@ class WeightFile:
 
 def weights_folder() -> Path:
     """Where published weights are kept: `$LDM_WEIGHTS`, `$XDG_CACHE_HOME/ldm` or `~/.cache/ldm`."""
-    chosen = os.environ.get("LDM_WEIGHTS")
-    if chosen:
-        return Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "ldm"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(os.environ.get("LDM_WEIGHTS") or cache / "ldm").expanduser()
 
 
 def find_weights(file: WeightFile, path: str | os.PathLike | None = None, timeout: float = TIMEOUT) -> Path:
@@ -75,13 +72,12 @@ def find_weights(file: WeightFile, path: str | os.PathLike | None = None, timeou
         return given
     target = weights_folder() / file.name
     if target.is_file():
-        actual = _sha256(target)
-        if actual != file.sha256:
-            raise WeightsError(
-                f"{target} is not the published {file.name}: its SHA-256 is {actual}, not {file.sha256} "
-                f"(a copy that broke off?). Delete it to have it fetched again; {_ways_out(file)}"
-            )
-        return target
+        if (actual := _sha256(target)) == file.sha256:
+            return target
+        raise WeightsError(
+            f"{target} is not the published {file.name}: its SHA-256 is {actual}, not {file.sha256} "
+            f"(a copy that broke off?). Delete it to have it fetched again; {_ways_out(file)}"
+        )
     for candidate in file.elsewhere():
         if candidate.is_file() and _sha256(candidate) == file.sha256:
             return candidate

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.weights.errors import UnsupportedCheckpoint, require
 
 _ALIGNMENT = 8
 
@@ -25,22 +25,20 @@ class MappedFile:
 
     def __init__(self, path: str | Path):
         self.where = str(path)
-        if sys.byteorder != "little":
-            raise UnsupportedCheckpoint(self.where, "weights are read on little-endian machines only")
+        little = sys.byteorder == "little"
+        require(little, self.where, "weights are read on little-endian machines only", UnsupportedCheckpoint)
         with open(path, "rb") as file:
             self.size = file.seek(0, 2)
-            if self.size == 0:
-                raise CorruptCheckpoint(self.where, "the file is empty (0 bytes)")
+            require(self.size, self.where, "the file is empty (0 bytes)")
             # A private copy-on-write map, so that torch may hold it as writable memory.
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.view = memoryview(self.map)
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """The bytes [offset, offset + nbytes) as a storage: a view of the mapping if they are aligned."""
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise CorruptCheckpoint(
-                self.where, f"is truncated or damaged: no bytes {offset} to {offset + nbytes} in {self.size}"
-            )
+        end = offset + nbytes
+        inside = 0 <= offset <= end <= self.size
+        require(inside, self.where, f"is truncated or damaged: no bytes {offset} to {end} in {self.size}")
         if nbytes == 0:
             return torch.UntypedStorage(0)
         piece = torch.frombuffer(self.map, dtype=torch.uint8, count=nbytes, offset=offset)

@@ -76,12 +76,8 @@ class Budget:
 
 
 def scan(file: BinaryIO, budget: Budget) -> None:
-    """Read one pickle from where `file` stands.
-
-    Raises:
-        CorruptCheckpoint: it is truncated, no pickle, or asks for absurd things.
-        UnsafeCheckpoint: it uses copyreg's registry of extensions, whose entries are handed out unseen.
-    """
+    """Read one pickle from where `file` stands; raises CheckpointError if it asks for absurd things, or uses
+    copyreg's registry of extensions, whose entries are handed out unseen."""
     sizes, frame_end = _Sizes(budget), None
     for count, (opcode, argument, position) in enumerate(pickletools.genops(file)):
         name = opcode.name

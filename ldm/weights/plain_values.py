@@ -23,9 +23,10 @@ from ldm.weights.tensors import DTYPES, REBUILD, Storage, storage_dtype
 StorageLoader = Callable[[str, torch.dtype, int, Any], torch.UntypedStorage]
 Recovery = Callable[["_Values", Described], Any]
 
-_MAX_DEVICE = 100
+_MAX_TEXT = 100
 _MAX_DEPTH = 100
 _HASHABLE = str | bytes | int | float | complex | frozenset | torch.Tensor | Placeholder
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DTYPE = re.compile(r"([biufc])(1|2|4|8|16)|([SU])(\d{1,5})|\?")
 
 
@@ -65,8 +66,8 @@ class _Values:
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Name):
             return DTYPES.get(value.kind.name, value.kind) if value.kind.module == "torch" else value.kind
-        if isinstance(value, str):
-            return value if value.isascii() else self._text(value)
+        if isinstance(value, str) and _SURROGATE.search(value):
+            return self.encode(value, "utf-8")  # bytes of Python 2 that are no text, see `unpickle`
         if not isinstance(value, Described | dict | list | tuple | set | frozenset):
             return value
         if id(value) not in self._done:
@@ -101,13 +102,6 @@ class _Values:
     def _becomes(self, value: Any, result: Any) -> Any:
         self._done[id(value)] = value, result  # an id is good for as long as its object lives
         return result
-
-    def _text(self, value: str) -> str | bytes:
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # bytes of Python 2 that are no text, see `ldm.weights.unpickle`
-            return self.encode(value, "utf-8")
-        return value
 
     def _container(self, value: dict | list | tuple | set | frozenset) -> Any:
         if isinstance(value, dict):
@@ -175,8 +169,7 @@ def _elements(kind: type) -> Recovery:
 def _bytes(values: _Values, value: Described) -> bytes | bytearray:
     """`bytes()`, `bytes(data)`, `bytearray(text, "latin-1")`, `codecs.encode(text, "latin1")`; no length."""
     data, encoding = (*value.arguments, "latin1")[:2] if value.arguments else (b"", "latin1")
-    if isinstance(data, Described):  # a bytearray of protocol 2 is made from such a call
-        data = values(data)
+    data = values(data)  # a bytearray of protocol 2 is made from such a call
     if isinstance(data, bytes | bytearray):
         return data
     of_text = isinstance(data, str) and encoding in ("latin1", "latin-1", "utf-8")
@@ -184,20 +177,16 @@ def _bytes(values: _Values, value: Described) -> bytes | bytearray:
     return values.encode(data, encoding)
 
 
-def _device(values: _Values, value: Described) -> str:
-    """A device as text, such as "cuda:0"; where the weights go is the caller's choice, not the file's."""
-    name = ":".join(str(part) for part in value.arguments if isinstance(part, str | int))
-    values.budget.require(0 < len(name) <= _MAX_DEVICE, "a device without a name")
-    return name
+def _text(values: _Values, value: Described) -> str:
+    """A version, or a device such as "cuda:0": where weights go is the caller's choice, not the file's."""
+    text = ":".join(str(part) for part in value.arguments if isinstance(part, str | int))
+    values.budget.require(0 < len(text) <= _MAX_TEXT, "a device or a version without a name")
+    return text
 
 
 def _path(values: _Values, value: Described) -> str:
     values.budget.spend(sum(map(len, value.arguments)))
     return str(PurePosixPath(*value.arguments))
-
-
-def _version(_values: _Values, value: Described) -> Any:
-    return next((part for part in value.arguments if isinstance(part, str)), value)
 
 
 def _dtype(value: Any) -> np.dtype | None:
@@ -221,9 +210,7 @@ def _array(values: _Values, value: Described, dtype: Any, shape: Any, order: str
 
 def _array_from_state(values: _Values, value: Described) -> Any:
     """numpy's `_reconstruct(ndarray, (0,), b"b")`; the state holds everything."""
-    if value.state is None:
-        return value
-    _version, shape, dtype, fortran, data = value.state
+    _, shape, dtype, fortran, data = value.state
     return _array(values, value, dtype, shape, "F" if fortran else "C", data)
 
 
@@ -253,8 +240,7 @@ _RECOVER: dict[str, Recovery] = {
     r"builtins\.complex": lambda _, value: complex(*value.arguments),
     r"builtins\.range": lambda _, value: range(*value.arguments),
     r"builtins\.bytes|builtins\.bytearray|_codecs\.encode": _bytes,
-    r"torch\.device": _device,
-    r"torch\.torch_version\.TorchVersion": _version,
+    r"torch\.device|torch\.torch_version\.TorchVersion": _text,
     r"pathlib\.(Path|PosixPath|PurePath|PurePosixPath|WindowsPath)": _path,
     r"numpy\.core\.multiarray\._reconstruct": _array_from_state,
     r"numpy\.core\.numeric\._frombuffer": _array_from_buffer,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint, require
 from ldm.weights.mapped import MappedFile
 from ldm.weights.pickle_scan import Budget
 from ldm.weights.plain_values import recover
@@ -39,19 +39,18 @@ def read_zip(file: MappedFile, device: torch.device, inert: Sequence[str] = ()) 
     members = _members(file)
     root = _archive_root(file, members)
     order = members.get(f"{root}/byteorder")
-    if order is not None and bytes(_data(file, order)).strip() != b"little":
-        raise UnsupportedCheckpoint(file.where, _BIG_ENDIAN)
+    little = order is None or bytes(_data(file, order)).strip() == b"little"
+    require(little, file.where, _BIG_ENDIAN, UnsupportedCheckpoint)
     loaded: dict[str, torch.UntypedStorage] = {}
 
     def load(key: str, dtype: torch.dtype, count: int, view: tuple | None) -> torch.UntypedStorage:
         member = members.get(f"{root}/data/{key}")
-        if member is None or view is not None:
-            raise CorruptCheckpoint(file.where, f"the archive has no data for the storage {key[:80]!r}")
+        found = member is not None and view is None
+        require(found, file.where, f"the archive has no data for the storage {key[:80]!r}")
         size = member.info.file_size
         # The member is the truth about the size; the pickle may leave out a last part of an element.
-        if not 0 <= size - count * dtype.itemsize < dtype.itemsize:
-            what = f"the storage {key[:80]!r} should have {count} elements of {dtype}, but has {size} bytes"
-            raise CorruptCheckpoint(file.where, what)
+        what = f"the storage {key[:80]!r} should have {count} elements of {dtype}, but has {size} bytes"
+        require(0 <= size - count * dtype.itemsize < dtype.itemsize, file.where, what)
         if key not in loaded:
             _data(file, member, check=device.type != "meta")
             loaded[key] = _moved(file.storage(member.offset, size), device)
@@ -107,57 +106,58 @@ def _members(file: MappedFile) -> dict[str, _Member]:
 def _data(file: MappedFile, member: _Member, check: bool = True) -> memoryview:
     """A member's data, compared with its checksum where the writer recorded one."""
     info, offset = member
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        # torch stores members as they are; a compressed one's size is a claim, and unpacking it the danger.
-        what = f"is compressed, from {info.file_size} to {info.compress_size} bytes, which torch never does"
-        raise CorruptCheckpoint(file.where, f"the member {info.filename!r} {what}")
+    # torch stores members as they are; a compressed one's size is a claim, and unpacking it the danger.
+    stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+    what = f"is compressed, from {info.file_size} to {info.compress_size} bytes, which torch never does"
+    require(stored, file.where, f"the member {info.filename!r} {what}")
     data = file.view[offset : offset + info.file_size]
-    if check and info.CRC and zlib.crc32(data) != info.CRC:
-        raise CorruptCheckpoint(file.where, f"the data of {info.filename!r} does not match its checksum")
+    right = not check or not info.CRC or zlib.crc32(data) == info.CRC
+    require(right, file.where, f"the data of {info.filename!r} does not match its checksum")
     return data
 
 
 def _archive_root(file: MappedFile, members: dict[str, _Member]) -> str:
     """The one folder of the archive that holds `data.pkl`."""
     roots = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
-        what = "is a TorchScript archive, which holds code; save the module's state_dict() instead"
-    elif any(name.endswith(".npy") for name in members):
-        what = "is an archive of numpy arrays (.npz), not of torch"
-    elif len(roots) != 1:
-        found = f"{len(roots)} files data.pkl" if roots else "no data.pkl"
-        inside = some(list(members)) or "nothing"
-        what = f"is a zip archive, but not of torch.save: it has {found}, but {inside}"
-    else:
-        return roots[0].removesuffix("/data.pkl")
-    raise UnsupportedCheckpoint(file.where, what)
+    script = any(name.endswith("/constants.pkl") or "/code/" in name for name in members)
+    what = "is a TorchScript archive, which holds code; save the module's state_dict() instead"
+    require(not script, file.where, what, UnsupportedCheckpoint)
+    found = f"{len(roots)} files data.pkl" if roots else "no data.pkl"
+    what = f"is a zip archive (.npz, say), but not of torch.save: it has {found}, but {some(list(members))}"
+    require(len(roots) == 1, file.where, what, UnsupportedCheckpoint)
+    return roots[0].removesuffix("/data.pkl")
 
 
 def read_legacy(file: MappedFile, device: torch.device, inert: Sequence[str] = ()) -> Any:
     """The object in a file of torch before 1.6: pickles of a magic number, a version, the machine, the object
     and the storages' keys, then each storage as its number of elements and its data."""
     budget = Budget(file.where)
-    if describe(file.map, budget)[0] != LEGACY_MAGIC:
-        what = "is a pickle, but not of torch.save; its tensors cannot be read safely"
-        raise UnsupportedCheckpoint(file.where, what)
+    magic, _ = describe(file.map, budget)
+    what = "is a pickle, but not of torch.save; its tensors cannot be read safely"
+    require(magic == LEGACY_MAGIC, file.where, what, UnsupportedCheckpoint)
     (version, _), (machine, _) = describe(file.map, budget), describe(file.map, budget)
-    if version != _LEGACY_PROTOCOL or not isinstance(machine, dict):
-        what = "begins like a file of torch before 1.6, but does not go on like one"
-        raise CorruptCheckpoint(file.where, what)
-    if machine.get("little_endian") is not True:
-        raise UnsupportedCheckpoint(file.where, _BIG_ENDIAN)
+    proper = version == _LEGACY_PROTOCOL and isinstance(machine, dict)
+    require(proper, file.where, "begins like a file of torch before 1.6, but does not go on like one")
+    require(machine.get("little_endian") is True, file.where, _BIG_ENDIAN, UnsupportedCheckpoint)
     described, kinds = describe(file.map, budget, inert)
     keys, _ = describe(file.map, budget)
     of_texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
-    if not of_texts or sorted(keys) != sorted(kinds):
-        raise CorruptCheckpoint(file.where, "the list of storages does not fit the tensors")
+    fitting = of_texts and sorted(keys) == sorted(kinds)
+    require(fitting, file.where, "the list of storages does not fit the tensors")
     storages = _legacy_storages(file, {key: kinds[key] for key in keys}, device)
 
     def load(key: str, dtype: torch.dtype, count: int, view: Any) -> torch.UntypedStorage:
         storage, of_file = storages[key]
-        if of_file != (dtype, count):
-            raise CorruptCheckpoint(file.where, f"the storage {key[:80]!r} has two types or sizes")
-        return _part(file, storage, dtype, view)
+        require(of_file == (dtype, count), file.where, f"the storage {key[:80]!r} has two types or sizes")
+        if view is None:
+            return storage
+        _, offset, size = view  # in elements
+        begin, end = offset * dtype.itemsize, (offset + size) * dtype.itemsize
+        inside = type(end) is int and 0 <= begin <= end <= storage.nbytes()
+        require(inside, file.where, "a view of a storage reaches outside of it")
+        if device.type == "meta":
+            return torch.UntypedStorage(end - begin, device="meta")
+        return storage[begin:end]
 
     return recover(described, budget, load)
 
@@ -169,25 +169,10 @@ def _legacy_storages(
     storages, position = {}, file.map.tell()
     for key, (kind, count) in kinds.items():
         dtype = storage_dtype(kind, file.where)
-        if int.from_bytes(file.view[position : position + 8], "little", signed=True) != count:
-            what = f"the storage {key[:80]!r} has another size than its tensors say, or the file is truncated"
-            raise CorruptCheckpoint(file.where, what)
+        stored = int.from_bytes(file.view[position : position + 8], "little", signed=True)
+        what = f"the storage {key[:80]!r} has another size than its tensors say, or the file is truncated"
+        require(stored == count, file.where, what)
         nbytes = count * dtype.itemsize
         storages[key] = _moved(file.storage(position + 8, nbytes), device), (dtype, count)
         position += 8 + nbytes
     return storages
-
-
-def _part(
-    file: MappedFile, storage: torch.UntypedStorage, dtype: torch.dtype, view: tuple | None
-) -> torch.UntypedStorage:
-    """A storage or, in the oldest files, (key, offset, size) of a view of it in elements."""
-    if view is None:
-        return storage
-    _, offset, size = view
-    held = storage.nbytes() // dtype.itemsize
-    if type(offset) is not int or type(size) is not int or not 0 <= offset <= offset + size <= held:
-        raise CorruptCheckpoint(file.where, "a view of a storage reaches outside of it")
-    if storage.device.type == "meta":
-        return torch.UntypedStorage(size * dtype.itemsize, device="meta")
-    return storage[offset * dtype.itemsize : (offset + size) * dtype.itemsize]
