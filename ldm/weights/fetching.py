@@ -1,9 +1,8 @@
 """Published weight files: found on this machine or fetched once, checked by SHA-256, never half written.
 
-A file is looked for in the weights folder: `$LDM_WEIGHTS` if set, else `$XDG_CACHE_HOME/ldm`, else
-`~/.cache/ldm`. Then in places where other packages keep the same file. Only then is it downloaded, into the
-weights folder. Whatever is found this way must have the published checksum; a path given by the user is taken
-as it is.
+A file is looked for in the weights folder, then in places where other packages keep the same file; only then
+is it downloaded, into the weights folder. What is found this way must have the published checksum; a path
+given by the user is taken as it is.
 """
 
 import hashlib

@@ -30,15 +30,11 @@ _EFFECTS = {
 }
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 # Which of the things taken are hashed.
-_KEYS = {
-    "SETITEM": slice(1, 2),
-    "SETITEMS": slice(1, None, 2),
-    "DICT": slice(0, None, 2),
-    "ADDITEMS": slice(1, None),
-    "FROZENSET": slice(0, None),
-}
+_KEYS = {"SETITEM": slice(1, 2), "SETITEMS": slice(1, None, 2), "DICT": slice(0, None, 2)}
+_KEYS |= {"ADDITEMS": slice(1, None), "FROZENSET": slice(0, None)}
 # What goes wrong in code that is fed nonsense.
 _FAILURES = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
+_FAILURES += (pickle.UnpicklingError,)
 
 
 class Budget:
@@ -71,7 +67,7 @@ class Budget:
             yield
         except CheckpointError:
             raise
-        except (*_FAILURES, pickle.UnpicklingError) as error:
+        except _FAILURES as error:
             raise self.damaged(f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
@@ -108,9 +104,7 @@ class _Sizes:
 
     def __init__(self, budget: Budget):
         self._budget = budget
-        self._stack: list[int] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, int] = {}
+        self._stack, self._marks, self._memo = [], [], {}
 
     def follow(self, name: str, argument: int | None) -> None:
         stack = self._stack

@@ -5,7 +5,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from ldm.wording import some
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _BIG_ENDIAN = "was written on a big-endian machine; save it on a usual one"
+_Member = tuple[zipfile.ZipInfo, int]  # and where its data, if they are stored as they are, begin in the file
 _LARGEST_DIRECTORY = 16 * 2**20  # bytes, of about a hundred a member
 
 
@@ -47,13 +48,13 @@ def read_zip(file: MappedFile, device: torch.device, inert: Sequence[str] = ()) 
         member = members.get(f"{root}/data/{key}")
         found = member is not None and view is None
         require(found, file.where, f"the archive has no data for the storage {key[:80]!r}")
-        size = member.info.file_size
+        size = member[0].file_size
         # The member is the truth about the size; the pickle may leave out a last part of an element.
         what = f"the storage {key[:80]!r} should have {count} elements of {dtype}, but has {size} bytes"
         require(0 <= size - count * dtype.itemsize < dtype.itemsize, file.where, what)
         if key not in loaded:
             _data(file, member, check=device.type != "meta")
-            loaded[key] = _moved(file.storage(member.offset, size), device)
+            loaded[key] = _moved(file.storage(member[1], size), device)
         return loaded[key]
 
     budget = Budget(file.where)
@@ -76,13 +77,6 @@ class _Directory:
         return self._map.read(count)
 
 
-class _Member(NamedTuple):
-    """A member of an archive; its data, if it is stored as it is, begin at the byte `offset` of the file."""
-
-    info: zipfile.ZipInfo
-    offset: int
-
-
 def _members(file: MappedFile) -> dict[str, _Member]:
     """Name -> member, for every member of the archive; `zipfile` holds each against the directory."""
     members, total = {}, 0
@@ -92,7 +86,7 @@ def _members(file: MappedFile) -> dict[str, _Member]:
                 archive.open(info).close()
                 # The lengths of the name and of further fields, between a member's header and its data.
                 lengths = struct.unpack_from("<HH", file.view, info.header_offset + 26)
-                members[info.filename] = _Member(info, info.header_offset + 30 + sum(lengths))
+                members[info.filename] = info, info.header_offset + 30 + sum(lengths)
                 total += info.compress_size
             if len(members) < len(archive.infolist()):
                 raise ValueError("it has two members of one name")
@@ -123,7 +117,8 @@ def _archive_root(file: MappedFile, members: dict[str, _Member]) -> str:
     what = "is a TorchScript archive, which holds code; save the module's state_dict() instead"
     require(not script, file.where, what, UnsupportedCheckpoint)
     found = f"{len(roots)} files data.pkl" if roots else "no data.pkl"
-    what = f"is a zip archive (.npz, say), but not of torch.save: it has {found}, but {some(list(members))}"
+    inside = some(list(members)) or "nothing"
+    what = f"is a zip archive (.npz, say), but not of torch.save: it has {found}, but {inside}"
     require(len(roots) == 1, file.where, what, UnsupportedCheckpoint)
     return roots[0].removesuffix("/data.pkl")
 
