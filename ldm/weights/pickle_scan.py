@@ -34,7 +34,6 @@ _KEYS = {"SETITEM": slice(1, 2), "SETITEMS": slice(1, None, 2), "DICT": slice(0,
 _KEYS |= {"ADDITEMS": slice(1, None), "FROZENSET": slice(0, None)}
 # What goes wrong in code that is fed nonsense.
 _FAILURES = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
-_FAILURES += (pickle.UnpicklingError,)
 
 
 class Budget:
@@ -67,7 +66,7 @@ class Budget:
             yield
         except CheckpointError:
             raise
-        except _FAILURES as error:
+        except (*_FAILURES, pickle.UnpicklingError) as error:
             raise self.damaged(f"{type(error).__name__}: {str(error)[:200]}") from error
 
 

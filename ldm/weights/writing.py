@@ -58,9 +58,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
             file.write(memoryview(flat.view(torch.uint8).numpy()))
 
 
-def _place(item: tuple[str, Tensor]) -> tuple[int, str, str]:
-    name, tensor = item
-    return -tensor.dtype.itemsize, _CODE_OF[tensor.dtype], name
+def _place(pair: tuple[str, Tensor]) -> tuple[int, str, str]:
+    return -pair[1].dtype.itemsize, _CODE_OF[pair[1].dtype], pair[0]
 
 
 def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
