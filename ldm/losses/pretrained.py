@@ -23,7 +23,7 @@ def _torch_hub_vgg16() -> Iterator[Path]:
 
 def _lpips_package() -> Iterator[Path]:
     spec = importlib.util.find_spec("lpips")  # found without importing it: its import needs torchvision
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         yield Path(folder) / "weights" / "v0.1" / "vgg.pth"
 
 

@@ -1,8 +1,8 @@
 """Files of weights: bytes into tensors and back, and nothing in a file is executed."""
 
 from ldm.weights.errors import CheckpointError, CorruptCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
-from ldm.weights.placeholders import GlobalName, Placeholder
 from ldm.weights.reading import INDEX, Weights, read_pickled, read_weights
+from ldm.weights.stand_ins import GlobalName, Placeholder
 from ldm.weights.writing import write_safetensors
 
 __all__ = [

@@ -25,7 +25,12 @@ class UnsafeCheckpoint(CheckpointError):
     """
 
     def __init__(self, where: str, global_name: str, what: str, hint: str = ""):
-        super().__init__(
-            where, f"refused: the pickle {what} `{global_name}`, which can run code; nothing was run{hint}"
-        )
+        reason = f"refused: the pickle {what} `{global_name}`, which can run code; nothing was run{hint}"
+        super().__init__(where, reason)
         self.global_name = global_name
+
+
+def require(condition: object, where: str, otherwise: str, kind: type = CorruptCheckpoint) -> None:
+    """Raises an error of that kind unless the condition holds."""
+    if not condition:
+        raise kind(where, otherwise)

@@ -1,9 +1,8 @@
 """Published weight files: found on this machine or fetched once, checked by SHA-256, never half written.
 
-A file is looked for in the weights folder: `$LDM_WEIGHTS` if set, else `$XDG_CACHE_HOME/ldm`, else
-`~/.cache/ldm`. Then in places where other packages keep the same file. Only then is it downloaded, into the
-weights folder. Whatever is found this way must have the published checksum; a path given by the user is taken
-as it is.
+A file is looked for in the weights folder, then in places where other packages keep the same file; only then
+is it downloaded, into the weights folder. What is found this way must have the published checksum; a path
+given by the user is taken as it is.
 """
 
 import hashlib
@@ -49,11 +48,8 @@ class WeightFile:
 
 def weights_folder() -> Path:
     """Where published weights are kept: `$LDM_WEIGHTS`, `$XDG_CACHE_HOME/ldm` or `~/.cache/ldm`."""
-    chosen = os.environ.get("LDM_WEIGHTS")
-    if chosen:
-        return Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "ldm"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(os.environ.get("LDM_WEIGHTS") or cache / "ldm").expanduser()
 
 
 def find_weights(file: WeightFile, path: str | os.PathLike | None = None, timeout: float = TIMEOUT) -> Path:
@@ -75,13 +71,12 @@ def find_weights(file: WeightFile, path: str | os.PathLike | None = None, timeou
         return given
     target = weights_folder() / file.name
     if target.is_file():
-        actual = _sha256(target)
-        if actual != file.sha256:
-            raise WeightsError(
-                f"{target} is not the published {file.name}: its SHA-256 is {actual}, not {file.sha256} "
-                f"(a copy that broke off?). Delete it to have it fetched again; {_ways_out(file)}"
-            )
-        return target
+        if (actual := _sha256(target)) == file.sha256:
+            return target
+        raise WeightsError(
+            f"{target} is not the published {file.name}: its SHA-256 is {actual}, not {file.sha256} "
+            f"(a copy that broke off?). Delete it to have it fetched again; {_ways_out(file)}"
+        )
     for candidate in file.elsewhere():
         if candidate.is_file() and _sha256(candidate) == file.sha256:
             return candidate

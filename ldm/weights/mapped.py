@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from ldm.weights.errors import UnsupportedCheckpoint, require
 
 _ALIGNMENT = 8
-_LONGEST_LINE = 4096
 
 
 class MappedFile:
@@ -21,61 +20,28 @@ class MappedFile:
     Attributes:
         where: the path, for messages.
         size: bytes.
-        view: the bytes, as a memoryview.
+        map, view: the bytes, as a file to read and as a memoryview.
     """
 
     def __init__(self, path: str | Path):
         self.where = str(path)
-        if sys.byteorder != "little":
-            raise UnsupportedCheckpoint(self.where, "weights are read on little-endian machines only")
+        little = sys.byteorder == "little"
+        require(little, self.where, "weights are read on little-endian machines only", UnsupportedCheckpoint)
         with open(path, "rb") as file:
             self.size = file.seek(0, 2)
-            if self.size == 0:
-                raise CorruptCheckpoint(self.where, "the file is empty (0 bytes)")
+            require(self.size, self.where, "the file is empty (0 bytes)")
             # A private copy-on-write map, so that torch may hold it as writable memory.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.view = memoryview(self._map)
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.view = memoryview(self.map)
 
     def storage(self, offset: int, nbytes: int) -> torch.UntypedStorage:
         """The bytes [offset, offset + nbytes) as a storage: a view of the mapping if they are aligned."""
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise CorruptCheckpoint(
-                self.where,
-                f"a tensor's data should be at bytes {offset} to {offset + nbytes}, but the file has "
-                f"{self.size}: it is truncated or damaged",
-            )
+        end = offset + nbytes
+        inside = 0 <= offset <= end <= self.size
+        require(inside, self.where, f"is truncated or damaged: no bytes {offset} to {end} in {self.size}")
         if nbytes == 0:
             return torch.UntypedStorage(0)
-        piece = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+        piece = torch.frombuffer(self.map, dtype=torch.uint8, count=nbytes, offset=offset)
         if offset % _ALIGNMENT:
             piece = piece.clone()  # misaligned elements are slow at best
         return piece.untyped_storage()
-
-
-class ByteReader:
-    """Memory as a file to read: what `pickletools` and `zipfile` need, without lines of a gigabyte."""
-
-    def __init__(self, view: memoryview, position: int = 0):
-        self._view = view
-        self._position = position
-
-    def read(self, count: int) -> bytes:
-        piece = self._view[self._position : self._position + count].tobytes()
-        self._position += len(piece)
-        return piece
-
-    def readline(self) -> bytes:
-        ahead = self._view[self._position : self._position + _LONGEST_LINE].tobytes()
-        line = ahead[: ahead.find(b"\n") + 1]
-        self._position += len(line)
-        return line
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        position = offset + (0, self._position, len(self._view))[whence]
-        if position < 0:
-            raise OSError("a position before the file's beginning")
-        self._position = position
-        return position

@@ -1,7 +1,6 @@
 """Tensors from what a file says about them, after everything it says has been checked.
 
 A pickle describes a tensor as a call of a function of `torch._utils`; those functions are written anew here.
-Their arguments are what the file's author wanted them to be.
 """
 
 import math
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.weights.budget import Budget
-from ldm.weights.errors import CorruptCheckpoint, UnsupportedCheckpoint
-from ldm.weights.placeholders import GlobalName, Placeholder, name_of
+from ldm.weights.errors import UnsupportedCheckpoint, require
+from ldm.weights.pickle_scan import Budget
+from ldm.weights.stand_ins import GlobalName, name_of
 
 _INT64 = 2**63
 _MAX_DIMENSIONS = 64
@@ -25,9 +24,7 @@ _DTYPES = """
     float64 float32 float16 bfloat16 complex32 complex64 complex128 bool uint8 int8 int16 int32 int64
     uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu
 """
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in _DTYPES.split() if hasattr(torch, name)
-}
+DTYPES: dict[str, torch.dtype] = {name: vars(torch)[name] for name in _DTYPES.split() if name in vars(torch)}
 _STORAGES = """
     Double=float64 Float=float32 Half=float16 BFloat16=bfloat16 Long=int64 Int=int32 Short=int16 Char=int8
     Byte=uint8 Bool=bool ComplexDouble=complex128 ComplexFloat=complex64 Untyped=uint8 _Untyped=uint8
@@ -46,32 +43,31 @@ class Storage(NamedTuple):
 
 def storage_dtype(kind: GlobalName, where: str) -> torch.dtype:
     """The type of the elements of a storage whose class in torch is `kind`."""
-    if kind.module.partition(".")[0] != "torch" or kind.name not in _STORAGE_DTYPES:
-        raise UnsupportedCheckpoint(where, f"holds a storage of unknown type {kind}")
+    known = kind.module.partition(".")[0] == "torch" and kind.name in _STORAGE_DTYPES
+    require(known, where, f"holds a storage of unknown type {kind}", UnsupportedCheckpoint)
     return _STORAGE_DTYPES[kind.name]
 
 
 def check_bools(tensor: Tensor, where: str) -> None:
     """A bool that is neither 0 nor 1 is undefined behaviour in whatever indexes with it."""
-    if tensor.dtype is torch.bool and not tensor.is_meta and bool((tensor.view(torch.uint8) > 1).any()):
-        raise CorruptCheckpoint(where, "a bool tensor holds other values than 0 and 1")
+    if tensor.dtype is torch.bool and not tensor.is_meta:
+        proper = (tensor.view(torch.uint8) <= 1).all()
+        require(proper, where, "a bool tensor holds other values than 0 and 1")
 
 
 def _tensor(budget: Budget, storage, offset, shape, stride, _requires_grad=False, hooks=None, metadata=None):
     """`_rebuild_tensor` and its second version."""
-    if not isinstance(storage, Storage):
-        raise budget.damaged("a tensor without a storage")
-    return _tensor_v3(budget, storage, offset, shape, stride, False, hooks, storage.dtype, metadata)
+    dtype = getattr(storage, "dtype", None)
+    return _tensor_v3(budget, storage, offset, shape, stride, False, hooks, dtype, metadata)
 
 
 def _tensor_v3(budget: Budget, storage, offset, shape, stride, _requires_grad, hooks, dtype, metadata=None):
     """`_rebuild_tensor_v3`: tensors of one storage share its memory, as they did when they were saved."""
     _no_hooks(budget, hooks)
+    known = isinstance(storage, Storage) and isinstance(dtype, torch.dtype)
+    budget.require(known, "a tensor without a storage or a type")
     flags = {} if metadata is None else metadata
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
-        raise budget.damaged("a tensor without a storage or a type")
-    if not isinstance(flags, dict) or set(flags) - {"conj", "neg"}:
-        raise budget.damaged("a tensor with unknown metadata")
+    budget.require(not set(flags) - {"conj", "neg"}, "a tensor with unknown metadata")
     tensor = _view(budget, storage.untyped, dtype, offset, shape, stride)
     if dtype is torch.bool:
         budget.spend(tensor.numel() // _BOOLS_A_STEP)
@@ -83,17 +79,18 @@ def _tensor_v3(budget: Budget, storage, offset, shape, stride, _requires_grad, h
 
 def _view(budget: Budget, storage: torch.UntypedStorage, dtype, offset, shape, stride) -> Tensor:
     """A view of `storage`; offset and stride count elements. torch itself would enlarge the storage."""
-    if not all(map(_are_indices, (shape, stride, (offset,)))) or len(shape) != len(stride):
-        raise budget.damaged("a tensor with an impossible shape, stride or offset")
+    possible = all(map(_are_indices, (shape, stride, (offset,)))) and len(shape) == len(stride)
+    budget.require(
+        possible and math.prod(shape) < _INT64, "a tensor with an impossible shape, stride or offset"
+    )
     count = math.prod(shape)
-    if count >= _INT64:
-        raise budget.damaged("a tensor with an impossible shape")
     reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if count else 0
     held = storage.nbytes() // dtype.itemsize
-    if offset + reach > held:
-        raise budget.damaged(f"a tensor of {offset + reach} elements in a storage of {held}")
-    if count > held and count * dtype.itemsize > _MAX_EXPANDED:
-        raise budget.damaged(f"a tensor that repeats {held} elements into {count * dtype.itemsize} bytes")
+    budget.require(offset + reach <= held, f"a tensor of {offset + reach} elements in a storage of {held}")
+    nbytes = count * dtype.itemsize
+    budget.require(
+        count <= held or nbytes <= _MAX_EXPANDED, f"a tensor that repeats {held} elements into {nbytes} bytes"
+    )
     return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
 
 
@@ -105,21 +102,13 @@ def _are_indices(values: object) -> bool:
 def _no_hooks(budget: Budget, hooks: Any) -> None:
     """Backward hooks are functions that run in training; honest weights have an empty dict there."""
     if hooks:
-        inside = (
-            hooks.values()
-            if isinstance(hooks, dict)
-            else hooks
-            if isinstance(hooks, tuple | list)
-            else [hooks]
-        )
-        names = [name_of(value) for value in inside if isinstance(value, GlobalName | Placeholder)]
-        raise budget.refusal((names or ["unnamed"])[0], "attaches to a tensor the backward hook")
+        inside = list(hooks.values()) if isinstance(hooks, dict) else [hooks]
+        raise budget.refusal(name_of(inside[0]), "attaches to a tensor the backward hook")
 
 
 def _parameter(budget: Budget, data, _requires_grad=True, hooks=None, _state=None) -> Tensor:
     """`_rebuild_parameter` with or without a state: the tensor, without Python attributes."""
-    if not isinstance(data, Tensor):
-        raise budget.damaged("a parameter without data")
+    budget.require(isinstance(data, Tensor), "a parameter without data")
     _no_hooks(budget, hooks)
     return data
 

@@ -1,146 +1,84 @@
 """Python's own unpickler, with every door closed: it builds a description of what a pickle holds.
 
-The stack of the unpickler never holds anything but plain values (None, numbers, text, bytes, tuples, lists,
-dicts, sets), `Name`s and `Described` objects. Whatever the C code does to an object on behalf of a pickle
-therefore ends in one of these two classes:
+It never imports or calls what a file names; its tables tell an honest file from a hostile one:
 
-| operation | what the unpickler does | what answers |
-|---|---|---|
-| GLOBAL, STACK_GLOBAL, INST | `find_class` | a `Name`, or a refusal |
-| REDUCE, OBJ, INST | calls the object | `Name.__call__`, `Described.__call__` |
-| NEWOBJ, NEWOBJ_EX, OBJ without arguments | `cls.__new__` of a type | `_construct` |
-| BUILD | `__setstate__` (else `__dict__` and `setattr`) | `Name.__setstate__`, `Described.__setstate__` |
-| APPEND, APPENDS | `extend` | `Name.extend`, `Described.extend` |
-| SETITEM, SETITEMS | `__setitem__` | `Name.__setitem__`, `Described.__setitem__` |
-| ADDITEMS | `add` | nothing: only a set has it |
-| PERSID, BINPERSID | `persistent_load` | a `StoredStorage`, or an error |
-| EXT1, EXT2, EXT4, NEXT_BUFFER, ... | | refused before, in `pickle_scan` |
-
-There is no `slice`, tensor or array on the stack: assigning a list to a slice of itself thirty times, or
-adding tensors that broadcast, would fill any memory. `plain_values` makes those afterwards.
+- *Mention*: any name outside Python's standard library may be mentioned, because old Lightning checkpoints
+  use classes as dictionary keys. Of the standard library only the data types of `_STANDARD_DATA` may: no
+  honest checkpoint has a use for `posix.system`.
+- *Construct* (the opcode NEWOBJ, or copyreg's helper, which create an object without calling its
+  `__init__`): everything that may be mentioned; it becomes a `Placeholder`.
+- *Call* (the opcode REDUCE): only what `ldm.weights.plain_values` makes values of, with functions of this
+  project, and the names of `_is_inert_call`, which become a `Placeholder`. Any other call is refused.
 """
 
-import io
 import pickle
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+import re
+import sys
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, BinaryIO
 
-from ldm.weights.budget import Budget
 from ldm.weights.errors import UnsupportedCheckpoint
-from ldm.weights.mapped import ByteReader
-from ldm.weights.pickle_globals import UNSUPPORTED_CALLS, is_inert_call, may_mention, normalised
-from ldm.weights.pickle_scan import scan
-from ldm.weights.placeholders import GlobalName
+from ldm.weights.pickle_scan import Budget, scan
+from ldm.weights.plain_values import has_value
+from ldm.weights.stand_ins import Described, GlobalName, Name, StoredStorage, construct, name_of
 
 _MAX_NAME = 1000
-_MAX_NAMES = 10_000
-_STEPS_OF_AN_OBJECT = 5
+_STEPS_OF_A_NAME = 1000
+
+# Names that moved: what Python 2 and other releases of numpy called them.
+_MOVED = {"__builtin__": "builtins", "copy_reg": "copyreg", "_operator": "operator"}
+_MOVED |= {"pathlib._abc": "pathlib", "pathlib._local": "pathlib"}
+_MOVED_NAMES = {"builtins.unicode": "str", "builtins.long": "int", "builtins.xrange": "range"}
+
+# Removed from newer Pythons, or of Python 2, or not listed by `sys`.
+_OLDER_STANDARD_LIBRARY = """
+    asynchat asyncore cPickle cStringIO cgi commands crypt distutils exceptions imp nis os2 pipes popen2 smtpd
+    StringIO telnetlib test _distutils_hack UserDict UserList UserString __builtin__ copy_reg
+"""
+_STANDARD_LIBRARY = sys.stdlib_module_names | set(_OLDER_STANDARD_LIBRARY.split())
 
 
-class Name(type):
-    """The class of stand-in classes: a name in a pickle, as a type because NEWOBJ demands one."""
-
-    full: GlobalName
-    reader: "_Unpickler"
-
-    def __call__(cls, *arguments: Any) -> Any:
-        return cls.reader.call(cls.full, arguments)
-
-    def __setstate__(cls, state: Any) -> None:
-        raise cls.reader.budget.refusal(cls.full, "sets attributes of")
-
-    def __setitem__(cls, key: Any, value: Any) -> None:
-        raise cls.reader.budget.refusal(cls.full, "sets items of")
-
-    def extend(cls, values: list) -> None:
-        raise cls.reader.budget.refusal(cls.full, "adds elements to")
+def _one_of(patterns: str) -> re.Pattern:
+    return re.compile("|".join(patterns.split()))
 
 
-def _construct(cls: Name, *arguments: Any, **keywords: Any) -> "Described":
-    """`__new__` of every stand-in class: makes an object without calling its class's `__init__`."""
-    if keywords:
-        raise cls.reader.budget.refusal(cls.full, "constructs with keywords")
-    return Described(cls.reader.budget, cls.full, arguments)
+_STANDARD_DATA = _one_of(r"""
+    builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple|type)
+    builtins\.(Ellipsis|NoneType|NotImplemented)  types\.(SimpleNamespace|NoneType)  argparse\.Namespace
+    collections\.(Counter|OrderedDict|defaultdict|deque)  (collections\.abc|typing)\.[A-Z]\w+
+    pathlib\.\w*Path  datetime\.(date|datetime|time|timedelta|timezone)  decimal\.Decimal  fractions\.Fraction
+    uuid\.(UUID|SafeUUID)  functools\.partial  operator\.getitem  _codecs\.encode  copyreg\._reconstructor
+    dataclasses\.(_MISSING_TYPE|_HAS_DEFAULT_FACTORY_CLASS)  inspect\._empty
+""")
+# Dates, numbers, identifiers, types and layouts, from plain values; a function with arguments bound (binding
+# does not call it); `typing.Dict[str, int]`, which is stored as getitem; the state of a random generator.
+_INERT = _one_of(r"""
+    datetime\.\w+  decimal\.Decimal  fractions\.Fraction  uuid\.(UUID|SafeUUID)  functools\.partial
+    builtins\.slice  operator\.getitem  pathlib\.PureWindowsPath  numpy\.dtype
+    numpy\.random\._pickle\.__(randomstate|generator|bit_generator)_ctor  torch\.serialization\._get_layout
+""")
+# Enum members are stored as a call of the class with the member's value.
+_ENUMS = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|lightning_lite|omegaconf|torch\.optim)"
+    r"(\.[a-z_]\w*)*(\.[A-Z]\w*)+"
+)
+
+# Quantized, sparse, nested and wrapped tensors, and those that have no data or are of other devices.
+_UNREAD_TENSORS = re.compile(r"torch\._utils\._rebuild_(qtensor|sparse|nested|wrapper|meta|device)\w*")
+
+# Key of a storage -> its type, number of elements.
+StoredKinds = dict[str, tuple[GlobalName, int]]
 
 
-class Described:
-    """An object as the pickle describes it; the attributes are those of a `Placeholder`."""
-
-    __slots__ = ("_budget", "arguments", "items", "kind", "mapping", "state")
-
-    def __init__(self, budget: Budget, kind: GlobalName, arguments: tuple):
-        budget.spend(_STEPS_OF_AN_OBJECT + len(arguments))
-        self._budget = budget
-        self.kind = kind
-        self.arguments = arguments
-        self.state: Any = None
-        self.items: list = []
-        self.mapping: dict = {}
-
-    def __setstate__(self, state: Any) -> None:
-        # A method planted by one BUILD (`__setstate__`, say) is called by the next, or by Python itself.
-        parts = state if isinstance(state, tuple) else (state,)
-        self._budget.spend(len(parts))
-        for part in parts:
-            attributes = part if isinstance(part, dict) else {}
-            self._budget.spend(len(attributes))
-            for key, value in attributes.items():
-                planted = isinstance(value, Name | Described)
-                if planted and isinstance(key, str) and key.startswith("__") and key.endswith("__"):
-                    raise self._budget.refusal(described_name(value), f"plants as a method {key[:40]!r}")
-        if self.state is not None:
-            raise self._budget.refusal(self.kind, "sets the state twice of")
-        self.state = state
-
-    def extend(self, values: list) -> None:
-        self.items.extend(values)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.mapping[key] = value
-
-    def __call__(self, *arguments: Any) -> None:
-        raise self._budget.refusal(self.kind, "calls what it made from")
-
-
-class StoredStorage(Described):
-    """Memory of tensors. `arguments`: key, number of elements, and (key, offset, size) of a view or None."""
-
-    __slots__ = ()
-
-
-def described_name(value: Any) -> str:
-    if isinstance(value, Name):
-        return str(value.full)
-    return str(value.kind) if isinstance(value, Described) else type(value).__name__
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a pickle holds; it ends before the byte `end`.
-
-    `storages`: key -> name of the type, number of elements.
-    """
-
-    root: Any
-    storages: dict[str, tuple[GlobalName, int]]
-    end: int
-
-
-def describe(
-    view: memoryview,
-    budget: Budget,
-    position: int = 0,
-    *,
-    callables: Container[str] = (),
-    inert: Sequence[str] = (),
-) -> Description:
-    """The pickle in `view` from `position` on, without tensors and without anything of it being called.
+def describe(file: BinaryIO, budget: Budget, inert: Sequence[str] = ()) -> tuple[Any, StoredKinds]:
+    """The pickle that begins where `file` stands, without tensors and without anything of it being called.
 
     Args:
-        callables: the full names whose calls are described, like those of `is_inert_call`.
-        inert: patterns (`fnmatch`) of further full names that are known to be data.
+        inert: patterns (`fnmatch`) of full names whose calls are known to be data.
+
+    Returns:
+        plain values, `Name`s and `Described` objects, for `ldm.weights.plain_values`; the storages they use.
 
     Raises:
         UnsafeCheckpoint: it asks for code to be run; nothing was.
@@ -148,72 +86,89 @@ def describe(
         CorruptCheckpoint: it is truncated, damaged or absurd.
     """
     with budget.blamed_on_the_file():
-        end = scan(ByteReader(view, position), budget)
-        budget.read += end - position
-        reader = _Unpickler(view[position:end], budget, callables, inert)
-        return Description(reader.load(), reader.storages, end)
+        start = file.tell()
+        scan(file, budget)
+        end = file.tell()
+        file.seek(start)
+        reader = _Unpickler(file, budget, inert)
+        root = reader.load()
+        file.seek(end)
+        return root, reader.storages
 
 
 class _Unpickler(pickle.Unpickler):
-    """Calls nothing but the methods of this class, `Name` and `Described`."""
+    """Calls nothing but the methods of this class, `Name` and `Described` (see `ldm.weights.stand_ins`)."""
 
-    def __init__(self, pickled: memoryview, budget: Budget, callables: Container[str], inert: Sequence[str]):
+    def __init__(self, file: BinaryIO, budget: Budget, inert: Sequence[str]):
         # Python 2's `str` is text where it is UTF-8; what is not comes back as bytes in `plain_values`.
-        super().__init__(io.BytesIO(pickled), encoding="utf-8", errors="surrogateescape")
-        self.budget = budget
-        self.storages: dict[str, tuple[GlobalName, int]] = {}
-        self._callables = callables
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.storages: StoredKinds = {}
+        self._budget = budget
         self._inert = tuple(inert)
         self._names: dict[GlobalName, Name] = {}
 
     def find_class(self, module: str, name: str) -> Name:
         """What stands for a global: never the thing itself."""
-        if len(module) + len(name) > _MAX_NAME or not (module + name).isprintable():
-            raise self.budget.damaged("a global with an impossible name")
-        full = normalised(module, name)
-        if full not in self._names:
-            if not may_mention(full) and not self._declared_inert(full):
-                raise self.budget.refusal(full, "names")
-            if len(self._names) == _MAX_NAMES:
-                raise self.budget.damaged(f"more than {_MAX_NAMES} names")
-            body = {"__slots__": (), "__new__": _construct, "full": full, "reader": self}
-            self._names[full] = Name("Name", (), body)
-        return self._names[full]
+        possible = len(module) + len(name) <= _MAX_NAME and (module + name).isprintable()
+        self._budget.require(possible, "a global with an impossible name")
+        kind = _normalised(module, name)
+        if kind not in self._names:
+            if not _may_mention(kind) and not self._declared_inert(kind):
+                raise self._budget.refusal(kind, "names")
+            self._budget.spend(_STEPS_OF_A_NAME)
+            body = {"__new__": construct, "kind": kind, "budget": self._budget, "answer": self._call}
+            self._names[kind] = Name("Name", (), body)
+        return self._names[kind]
 
-    def _declared_inert(self, full: GlobalName) -> bool:
-        return any(fnmatchcase(str(full), pattern) for pattern in self._inert)
+    def _declared_inert(self, kind: GlobalName) -> bool:
+        return any(fnmatchcase(str(kind), pattern) for pattern in self._inert)
 
-    def call(self, full: GlobalName, arguments: tuple) -> Any:
+    def _call(self, kind: GlobalName, arguments: tuple) -> Any:
         """A call that the pickle asks for: its description, or a refusal."""
-        name = str(full)
-        if name == "copyreg.__newobj__" and arguments and isinstance(arguments[0], Name):
-            return _construct(*arguments)
-        if name == "copyreg._reconstructor" and len(arguments) == 3 and isinstance(arguments[0], Name):
-            return self._reconstruct(*arguments)
-        if name == "builtins.type" and arguments == (None,):
-            return self.find_class("builtins", "NoneType")
-        if name in UNSUPPORTED_CALLS:
-            raise UnsupportedCheckpoint(self.budget.where, f"{UNSUPPORTED_CALLS[name]} ({name})")
-        of_typing = name == "operator.getitem" and described_name((*arguments, None)[0]).startswith("typing.")
-        known = name in self._callables or is_inert_call(full, arguments)
-        if of_typing or known or self._declared_inert(full):
-            return Described(self.budget, full, arguments)
-        hint = f"; if it is data of yours (a member of an Enum, say), inert=[{name!r}] reads it as a stand-in"
-        raise self.budget.refusal(full, "calls", hint if may_mention(full) else "")
-
-    def _reconstruct(self, kind: Name, base: Any, value: Any) -> "Described":
-        """`copyreg._reconstructor(class, base, state)`, the older form of NEWOBJ."""
-        if not isinstance(base, Name) or base.full.module != "builtins":
-            raise self.budget.refusal(described_name(base), "initialises an object through")
-        return Described(self.budget, kind.full, () if value is None else (value,))
+        match str(kind), arguments:
+            case "copyreg._reconstructor", (Name() as cls, base, state):  # the older form of NEWOBJ
+                if not isinstance(base, Name) or base.kind.module != "builtins":
+                    raise self._budget.refusal(name_of(base), "initialises an object through")
+                return construct(cls) if state is None else construct(cls, state)
+            case "builtins.type", (None,):
+                return self.find_class("builtins", "NoneType")
+        if _UNREAD_TENSORS.fullmatch(str(kind)):
+            raise UnsupportedCheckpoint(self._budget.where, f"holds tensors that are not read, of {kind}")
+        if has_value(kind) or _is_inert_call(kind, arguments) or self._declared_inert(kind):
+            return Described(self._budget, kind, arguments)
+        hint = f"; if it is data of yours (a member of an Enum, say), inert=['{kind}'] reads it as a stand-in"
+        raise self._budget.refusal(kind, "calls", hint if _may_mention(kind) else "")
 
     def persistent_load(self, identity: Any) -> Any:
         """("storage", type, key, device, number of elements[, view]); in old files also a module's class."""
         match identity:
             case ("module", Name() as kind, _, _):
                 return kind  # the source code beside it is ignored
-            case ("storage", Name() as kind, str() as key, _, int() as count, *view) if len(view) < 2:
-                self.storages.setdefault(key, (kind.full, count))
-                return StoredStorage(self.budget, kind.full, (key, count, *view, None)[:3])
-            case _:
-                raise self.budget.damaged("a persistent object that is no storage")
+            case ("storage", Name() as cls, str() as key, _, int() as count, *view) if len(view) < 2:
+                self.storages.setdefault(key, (cls.kind, count))
+                return StoredStorage(self._budget, cls.kind, (key, count, *view, None)[:3])
+        raise self._budget.damaged("a persistent object that is no storage")
+
+
+def _normalised(module: str, name: str) -> GlobalName:
+    """One spelling for what other releases of Python and numpy call differently."""
+    module = re.sub(r"^numpy\._core\b", "numpy.core", _MOVED.get(module, module))
+    return GlobalName(module, _MOVED_NAMES.get(f"{module}.{name}", name))
+
+
+def _may_mention(name: GlobalName) -> bool:
+    """Whether an honest checkpoint can hold this name at all."""
+    if name.module.partition(".")[0] in _STANDARD_LIBRARY:
+        return _STANDARD_DATA.fullmatch(str(name)) is not None
+    *outer, last = name.name.split(".")
+    # `torch.serialization` + `os.system` is os.system by another road; so is anything through a dunder.
+    through = [*name.module.split(".")[1:], *outer]
+    dunder = any(part.startswith("__") and part.endswith("__") for part in (*through, last))
+    return not dunder and not any(part in _STANDARD_LIBRARY for part in outer)
+
+
+def _is_inert_call(name: GlobalName, arguments: tuple) -> bool:
+    """Whether a call of this name only stores data, so that a placeholder can stand for it."""
+    if _ENUMS.fullmatch(str(name)):
+        return len(arguments) == 1 and type(arguments[0]) in (str, int)
+    return _INERT.fullmatch(str(name)) is not None

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm.files import whole_file
-from ldm.weights.safetensors_files import MAX_HEADER
 from ldm.weights.tensors import DTYPES
 
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _METADATA = "__metadata__"
 _CODES = """
     F64=float64 F32=float32 F16=float16 BF16=bfloat16 I64=int64 I32=int32 I16=int16 I8=int8
@@ -42,8 +42,14 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     if not all(isinstance(part, str) for pair in metadata.items() for part in pair):
         raise ValueError("metadata of a safetensors file must be text; use json.dumps for anything else")
     for name, tensor in tensors.items():
-        _check_writable(name, tensor)
-    ordered = sorted(tensors.items(), key=lambda item: (*_width_and_code(item[1]), item[0]))
+        if not isinstance(name, str) or name == _METADATA:
+            raise ValueError(f"a tensor cannot be called {name!r}")
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _CODE_OF:
+            raise ValueError(
+                f"the tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be written; "
+                f"allowed are dense tensors with data of {', '.join(str(dtype) for dtype in _CODE_OF)}"
+            )
+    ordered = sorted(tensors.items(), key=_place)
     header = _header(ordered, metadata)
     with whole_file(path, durable=True) as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -52,18 +58,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
             file.write(memoryview(flat.view(torch.uint8).numpy()))
 
 
-def _check_writable(name: Any, tensor: Tensor) -> None:
-    if not isinstance(name, str) or name == _METADATA:
-        raise ValueError(f"a tensor cannot be called {name!r}")
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _CODE_OF:
-        raise ValueError(
-            f"the tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be written; "
-            f"allowed are dense tensors with data of {', '.join(str(dtype) for dtype in _CODE_OF)}"
-        )
-
-
-def _width_and_code(tensor: Tensor) -> tuple[int, str]:
-    return -tensor.dtype.itemsize, _CODE_OF[tensor.dtype]
+def _place(pair: tuple[str, Tensor]) -> tuple[int, str, str]:
+    return -pair[1].dtype.itemsize, _CODE_OF[pair[1].dtype], pair[0]
 
 
 def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
@@ -71,14 +67,9 @@ def _header(ordered: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> b
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     position = 0
     for name, tensor in ordered:
-        end = position + tensor.numel() * tensor.dtype.itemsize
-        offsets = [position, end]
-        header[name] = {
-            "dtype": _CODE_OF[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-        position = end
+        offsets = [position, position + tensor.numel() * tensor.dtype.itemsize]
+        header[name] = {"dtype": _CODE_OF[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        position = offsets[1]
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:

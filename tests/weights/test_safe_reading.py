@@ -47,7 +47,7 @@ from ldm.weights import (
     Placeholder,
     UnsafeCheckpoint,
     UnsupportedCheckpoint,
-    budget,
+    pickle_scan,
     read_pickled,
     read_weights,
     write_safetensors,
@@ -375,9 +375,9 @@ def test_other_ways_in_which_tensors_are_stored(tmp_path):
             name
         )
     for content, what in (
-        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "quantized"),
-        (torch.eye(2).to_sparse(), "sparse"),
-        (torch.ones(2, device="meta"), "meta"),
+        (torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "rebuild_qtensor"),
+        (torch.eye(2).to_sparse(), "rebuild_sparse"),
+        (torch.ones(2, device="meta"), "rebuild_meta"),
     ):
         with pytest.raises(UnsupportedCheckpoint, match=what):
             read_weights(torch_save({"a": content}, tmp_path / "b.pt", "zip"))
@@ -753,7 +753,7 @@ PICKLE_BOMBS = {
 @pytest.mark.parametrize("name", PICKLE_BOMBS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_pickle_bombs(tmp_path, little_memory, monkeypatch, form, name):
-    monkeypatch.setattr(budget, "MAX_STEPS", 250_000)
+    monkeypatch.setattr(pickle_scan, "MAX_STEPS", 250_000)
     with pytest.raises(CorruptCheckpoint):
         read_weights(WRAP[form](tmp_path / "bomb.pt", PICKLE_BOMBS[name]))
 
@@ -776,7 +776,7 @@ def test_bomb_in_what_is_recovered_afterwards(tmp_path):
 def test_zip_bombs(tmp_path, little_memory):
     path = archive(tmp_path / "deflated.pt", b"]" * 10**7, method=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10**5
-    with pytest.raises(CorruptCheckpoint, match="compressed or encrypted, from 10000000"):
+    with pytest.raises(CorruptCheckpoint, match="compressed, from 10000000"):
         read_weights(path)
     good = archive(tmp_path / "good.pt", pickle.dumps({}), {"0": b"abcd" * 4, "1": b"abcd" * 4}).read_bytes()
 
@@ -797,8 +797,8 @@ def test_zip_bombs(tmp_path, little_memory):
     broken(patched(entries[2] + 20, "<II", 2**31, 2**31), "overlaps")
     broken(patched(entries[0] + 20, "<II", 6, 7), "compressed")
     first_offset = struct.unpack_from("<I", good, entries[2] + 42)[0]
-    broken(patched(entries[3] + 42, "<I", first_offset), "is not where|overlaps")
-    broken(patched(entries[3] + 42, "<I", 2**32 - 2), "is not where")
+    broken(patched(entries[3] + 42, "<I", first_offset), "in directory .*1. and header .*0. differ")
+    broken(patched(entries[3] + 42, "<I", 2**32 - 2), "damaged")
     broken(patched(end + 12, "<I", 2**31), "damaged")
     broken(patched(entries[0] + 8, "<H", 1), "encrypted")
     twice = io.BytesIO()
