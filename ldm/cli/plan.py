@@ -88,9 +88,8 @@ def command(
     """
     if not tflops * utilisation > 0:
         raise typer.BadParameter("--tflops and --utilisation must be above 0")
-    from ldm.planning.planned import make_plan
+    from ldm.planning.planned import PlanRequest, make_plan
     from ldm.planning.report import report
-    from ldm.planning.work import PlanRequest
 
     request = PlanRequest(
         size=size, classes=classes, memory=memory, tflops=tflops, utilisation=utilisation, depth=depth
