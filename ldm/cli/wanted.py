@@ -97,7 +97,9 @@ def choose(
         ValueError, FileNotFoundError: the model has no such condition, or another one; no such class; no such
             image, or none that can be read. In terms of what exists.
     """
-    embedders = {e.key: e for e in reversed(model.conditioner.embedders)}
+    embedders: dict[str, Embedder] = {}
+    for embedder in model.conditioner.embedders:
+        embedders.setdefault(embedder.key, embedder)
     texts = _texts(embedders, given)
     labels = choose_labels(model, classes, n)
     row = n if labels is None else len(labels)
