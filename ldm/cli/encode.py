@@ -6,20 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import (
-    Config,
-    Device,
-    Ema,
-    Model,
-    Overwrite,
-    Precision,
-    Verbose,
-    Workers,
-    argument,
-    of_files,
-    of_machine,
-    option,
-)
+from ldm.cli import options
 from ldm.wording import counted
 
 _WORST = 5
@@ -30,20 +17,20 @@ _GRID = "Also grid.png: images beside reconstructions."
 
 
 def command(
-    model: Model,
-    images: Annotated[Path, argument("IMAGES", _IMAGES)],
-    out: Annotated[Path, of_files("FOLDER", "Where the results go.", show_default=False)],
-    size: Annotated[int | None, option("PIXELS", _SIZE, min=1, show_default="as trained")] = None,
-    config: Config = None,
-    ema: Ema = True,
-    latents: Annotated[bool, of_files("", _LATENTS, "--latents")] = False,
-    grid: Annotated[bool, of_files("", _GRID, "--grid/--no-grid")] = True,
-    overwrite: Overwrite = False,
-    batch_size: Annotated[int, of_machine("N", "Images at a time: memory and speed.", min=1)] = 16,
-    workers: Workers = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    verbose: Verbose = False,
+    model: options.Model,
+    images: Annotated[Path, options.argument("IMAGES", _IMAGES)],
+    out: Annotated[Path, options.of_files("FOLDER", "Where the results go.", show_default=False)],
+    size: Annotated[int | None, options.option("PIXELS", _SIZE, min=1, show_default="as trained")] = None,
+    config: options.Config = None,
+    ema: options.Ema = True,
+    latents: Annotated[bool, options.of_files("", _LATENTS, "--latents")] = False,
+    grid: Annotated[bool, options.of_files("", _GRID, "--grid/--no-grid")] = True,
+    overwrite: options.Overwrite = False,
+    batch_size: Annotated[int, options.of_machine("N", "Images at a time: memory and speed.", min=1)] = 16,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    verbose: options.Verbose = False,
 ) -> None:
     """Pass images through an autoencoder and see what is left of them.
 
@@ -74,9 +61,8 @@ def command(
     groups = reconstruct(first_stage, pictures, batch_size, workers)
     origin = {"model": str(model), "weights": getattr(found, "description", {}).get("weights")}
     with context:
-        figures = write_reconstructed(
-            out, groups, pictures, origin, latents=latents, grid=grid, overwrite=overwrite
-        )
+        also = {"latents": latents, "grid": grid, "overwrite": overwrite}
+        figures = write_reconstructed(out, groups, pictures, origin, **also)
     if figures:
         psnr, l1 = ([getattr(figure, name) for figure in figures] for name in ("psnr", "l1"))
         count, name = len(figures), f"{type(first_stage).__name__} (f{first_stage.downsampling_factor})"

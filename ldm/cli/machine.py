@@ -45,10 +45,10 @@ def arranged(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def progress_bar(total: int | None, text: str) -> tqdm:
+def progress_bar(total: int | None, text: str, shown: bool = True) -> tqdm:
     """A bar counting images, on stderr: a terminal follows every tenth of a second; a log file should not."""
     least, most = (0.1, 10.0) if sys.stderr.isatty() else (15.0, 60.0)
-    bar = {"desc": text, "unit": "image", "dynamic_ncols": True}
+    bar = {"desc": text, "unit": "image", "dynamic_ncols": True, "disable": not shown}
     return tqdm(total=total, mininterval=least, maxinterval=most, **bar)
 
 

@@ -1,7 +1,7 @@
 """What each image that is asked for is conditioned on, from the words of the command line: its class, the
 image that it is a variation of, and whatever else the model's embedders read."""
 
-import contextlib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -33,16 +33,15 @@ _AT_ONCE = 16
 class Condition:
     """What one key of the batch holds.
 
-    key: of the batch. called: its name in a PNG's facts. words: every value in words. names: for file names.
-    read: places of some values -> what the embedder reads. which: the place of each image's value.
+    words: every value in words. names: for file names. which: the place among them of each image's value.
+    read: some places -> what the embedder reads.
     """
 
     key: str
-    called: str
     words: Sequence[str]
     names: Sequence[str]
-    read: Callable[[list[int]], Any]
     which: list[int]
+    read: Callable[[list[int]], Any]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ class Wanted:
 
     def facts(self, index: int) -> dict[str, str]:
         """The conditions of one image, in words."""
-        return {c.called: c.words[c.which[index]] for c in self.conditions}
+        called = {"label": "class"}
+        return {called.get(c.key, c.key): c.words[c.which[index]] for c in self.conditions}
 
 
 def choose(
@@ -106,20 +106,20 @@ def choose(
     conditions, pictures, places = [], None, [0]
     if "image" in embedders:
         pictures, places = _find(model, image)
-        paths, stems = [], []
-        for place, path in enumerate(pictures.paths):
-            paths.append(pictures.path(place))
-            stems.append(PurePosixPath(path).stem)
+        paths, stems = (
+            map(pictures.path, range(len(pictures))),
+            [PurePosixPath(p).stem for p in pictures.paths],
+        )
         which = [place for place in places for _ in range(row)]
-        conditions.append(Condition("image", "image", paths, stems, partial(_pixels, pictures), which))
+        conditions.append(Condition("image", list(paths), stems, which, partial(_pixels, pictures)))
     elif image is not None:
         raise ValueError(f"--image was given, but this model reads {_known(embedders)}")
     if labels is not None:
         names = class_names(model)
-        conditions.append(Condition("label", "class", names, names, torch.tensor, labels * len(places)))
+        conditions.append(Condition("label", names, names, labels * len(places), torch.tensor))
     count = row * len(places)
     for key, (text, value) in texts.items():
-        conditions.append(Condition(key, key, [text], [text], partial(_repeated, value), [0] * count))
+        conditions.append(Condition(key, [text], [text], [0] * count, partial(_repeated, value)))
     return Wanted(count, n, classes is not None, conditions, pictures)
 
 
@@ -137,11 +137,8 @@ def _known(embedders: dict[str, Embedder]) -> str:
 
 def _texts(embedders: dict[str, Embedder], given: Sequence[str]) -> dict[str, tuple[str, Any]]:
     """["size=64,64"] -> {"size": ("64,64", tensor)}, one for every key that is neither class nor image."""
-    mute = [key for key, e in embedders.items() if _option(e) is None]
-    if mute:
-        raise ValueError(
-            f"this model reads {some(mute)}, which no words can give: draw with ldm.draw in Python"
-        )
+    if mute := [key for key, e in embedders.items() if _option(e) is None]:
+        raise ValueError(f"this model reads {some(mute)}, which no words can give: draw with ldm.draw")
     read = [key for key, e in embedders.items() if _option(e) == "--condition"]
     texts = {}
     for word in given:
@@ -202,7 +199,7 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
             if first > last:
                 raise ValueError(f"--classes {token}: a range goes upwards, {last}-{first}")
             # The ends first: between them there may be very many numbers.
-            for number in (first, last, *(range(first, last) if {first, last} <= by_number.keys() else ())):
+            for number in itertools.chain((first, last), range(first, last)):
                 if number not in by_number:
                     raise ValueError(_unknown(str(number), names))
             labels += [by_number[number] for number in range(first, last + 1)]
@@ -265,12 +262,10 @@ def _find(model: LatentDiffusion, image: Path | None) -> tuple[Pictures, list[in
         raise ValueError(f"--image: images are cut to squares, but this model is of {width}x{height} pixels")
     pictures = Pictures(*find_images(image), height, model.first_stage_model.image_channels)
     readable: list[int] = []
-    many = len(pictures) > FEW
-    with progress_bar(len(pictures), "reading") if many else contextlib.nullcontext() as bar:
+    with progress_bar(len(pictures), "reading", shown=len(pictures) > FEW) as bar:
         for places, _ in pictures.batches(_AT_ONCE):
             readable += places
-            if bar is not None:
-                bar.update(len(places))
+            bar.update(len(places))
     bad = [": ".join(pair) for pair in pictures.unreadable]
     if not readable:
         raise ValueError(f"no image of --image {image} can be read: {some(bad)}")

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 _IN_HALF = frozenset({
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "matmul", "__matmul__", "mm", "mv", "bmm", "addmm", "addbmm", "baddbmm", "einsum",
+    "scaled_dot_product_attention",
 })  # fmt: skip
 _IN_FLOAT = frozenset({
     "group_norm", "layer_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
@@ -133,7 +134,7 @@ class Meter:
     def _watch(self, stack: ExitStack, module: nn.Module, name: str, level: int) -> None:
         """Rows for the modules `depth` levels below a network, and for those on the way that are whole."""
         children = [] if level == self.depth else list(_called(module))
-        if not children or level == self.depth:
+        if not children:
             self._add_row(stack, module, name)
             return
         _hook(stack, module, lambda *_: self._enter(self._between), self._leave)
@@ -169,9 +170,7 @@ class Meter:
 
     def saw(self, out: object) -> None:
         """Note what an operation returned as alive, until it is freed."""
-        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ():
-            if isinstance(tensor, Tensor):
-                self._hold(tensor)
+        tree_map_only(Tensor, self._hold, out)
         self.cost.live.append(self._bytes)
 
     def _hold(self, tensor: Tensor) -> None:
@@ -255,19 +254,17 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
         if self.meter.half:
             name = getattr(func, "__name__", "")
             if name in _IN_HALF:
                 args, kwargs = tree_map_only(Tensor, self.meter.to_half, (args, kwargs))
             elif name in _IN_FLOAT:
                 args, kwargs = tree_map_only(Tensor, _to_float, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
-        if self.meter.half:
-            query, key, value = (self.meter.to_half(tensor) for tensor in (query, key, value))
         return _FusedAttention.apply(self.meter, query, key, value)
 
 
