@@ -145,9 +145,8 @@ def latents_file(
         yield add
         if paths:
             tensors = {name: torch.from_numpy(array[: len(paths)]) for name, array in arrays.items()}
-            known = {name: value for name, value in origin.items() if value is not None}
-            facts = {"format": LATENTS_FORMAT, **known, "paths": json.dumps(paths)}
-            write_safetensors(path, tensors, facts)
+            facts = {"format": LATENTS_FORMAT, **origin, "paths": json.dumps(paths)}
+            write_safetensors(path, tensors, {name: fact for name, fact in facts.items() if fact is not None})
     finally:
         arrays.clear()
         for file in files.values():

@@ -50,10 +50,10 @@ def work_of_network(path: Path, overrides: Iterable[str], size: int | None) -> W
     model, params = build_empty(translated), translated.node.get("params") or {}
     parts, images = {"network": model}, ""
     if isinstance(model, LatentDiffusion):
-        conditioner = (
-            {"conditioner": model.conditioner.requires_grad_(False)} if model.conditioner.keys else {}
-        )
+        conditioner = {"conditioner": model.conditioner.requires_grad_(False)}
         parts = {"network": model.network, **conditioner, "first stage": model.first_stage_model}
+        if not model.conditioner.keys:
+            del parts["conditioner"]
         shape, images = _inside(model, size)
         conditions = _conditions(model.network, model.conditioner, notes)
         notes.append("the network alone is trained, without gradients for the rest")

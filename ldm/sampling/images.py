@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.sampling.latents import count_of, sample, settled
@@ -60,6 +59,8 @@ def draw(
     size = group_size(model) if exact else batch_size
 
     def batches() -> Iterator[Tensor]:
+        from tqdm.auto import tqdm
+
         with tqdm(total=n, desc="sampling", unit="image", disable=progress is not True) as bar:
             for start in range(0, n, size):
                 kept = min(size, n - start)
