@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -24,10 +25,7 @@ VERBS = {
     "train": ("ldm.cli.train", "Train an autoencoder or a diffusion model from a YAML config."),
     "sample": ("ldm.cli.sample", "Draw images from a trained diffusion model."),
     "encode": ("ldm.cli.encode", "Pass images through an autoencoder: reconstructions, figures, latents."),
-    "convert": (
-        "ldm.cli.convert",
-        "Write a model in another format: the original LDM's, that of diffusers, our own.",
-    ),
+    "convert": ("ldm.cli.convert", "Write a model for the original LDM, for diffusers, or as our own file."),
     "plan": ("ldm.cli.plan", "What a run would need: parameters, FLOPs, memory, the largest batch, hours."),
     "verify": ("ldm.cli.verify", "Read every image of a folder and name those that cannot be read."),
 }
@@ -44,8 +42,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 def run_verb(verb: str, arguments: list[str] | None = None, program: str | None = None) -> None:
     """Run one verb with these arguments (those of the process by default), then exit the process."""
     app = _app()
-    command = _command(verb)
-    app.command(cls=_Command, help=_help(command), context_settings=_SETTINGS)(command)
+    _add(app, verb)
     _run(app, arguments, program or f"ldm {verb}")
 
 
@@ -53,11 +50,18 @@ def main() -> None:
     """The console command `ldm`."""
     app = _app()
     app.callback(invoke_without_command=True, context_settings=_SETTINGS)(_ldm)
-    for verb, (_, line) in VERBS.items():
-        command = _command(verb)
-        options = {"cls": _Command, "help": _help(command), "short_help": line}
-        app.command(verb, context_settings=_SETTINGS, **options)(command)
+    for verb in VERBS:
+        _add(app, verb)
     _run(app, None, "ldm")
+
+
+def _add(app: typer.Typer, verb: str) -> None:
+    module, line = VERBS[verb]
+    command = import_module(module).command
+    # A line a paragraph, so that the terminal's width decides where lines break.
+    page = "\n\n".join(" ".join(part.split()) for part in inspect.getdoc(command).split("\n\n"))
+    options = {"cls": _Command, "help": page, "short_help": line, "context_settings": _SETTINGS}
+    app.command(verb, **options)(_reporting(command))
 
 
 def _ldm(
@@ -116,15 +120,6 @@ def _run(app: typer.Typer, arguments: list[str] | None, program: str) -> None:
         _interrupted("")
 
 
-def _command(verb: str) -> Callable:
-    return _reporting(import_module(VERBS[verb][0]).command)
-
-
-def _help(command: Callable) -> str:
-    """The docstring with a line a paragraph, so that the terminal's width decides where lines break."""
-    return "\n\n".join(" ".join(part.split()) for part in inspect.getdoc(command).split("\n\n"))
-
-
 def _reporting(command: Callable) -> Callable:
     """Mistakes of the user end in one clear message, an interruption in its own, the rest in a traceback."""
 
@@ -155,10 +150,8 @@ def _is_message(error: Exception) -> bool:
     """Whether an error was written for the user: raised by the system, or on purpose in this package."""
     if isinstance(error, OSError) or type(error).__module__.startswith("ldm."):
         return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(_PACKAGE)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename.startswith(_PACKAGE)
 
 
 def _warning(message, category, filename: str, lineno: int, line: str | None = None) -> str:

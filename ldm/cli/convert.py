@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ldm.cli.options import argument, option
+
 
 class Format(str, Enum):
     """What a model can be written as."""
@@ -20,26 +22,17 @@ _OPENED_WITH = {
     Format.compvis: "the original's code and the YAML beside it, or with ldm.load",
     Format.diffusers: "diffusers, part by part, or all of it with ldm.load",
 }
+_TARGET = "A folder; for native also a .safetensors file, for compvis a .ckpt, its YAML beside it."
+_CONFIG = "The YAML of SRC, where SRC does not describe itself."
 
 
 def command(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Whatever ldm.load opens: a run, a file, a folder.")
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DST",
-            help="native: a .safetensors file; compvis: a .ckpt file, its YAML is written beside it; "
-            "diffusers: a folder. A folder for native or compvis gets model.safetensors or model.ckpt.",
-        ),
-    ],
+    source: Annotated[Path, argument("SRC", "Whatever ldm.load opens: a run, a file, a folder.")],
+    target: Annotated[Path, argument("DST", _TARGET)],
     to: Annotated[Format, typer.Option(help="The format to write.")],
-    config: Annotated[
-        Path | None, typer.Option(help="The YAML of SRC, where SRC does not describe itself.")
-    ] = None,
-    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="Averaged or raw weights of SRC.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")] = False,
+    config: Annotated[Path | None, option("YAML", _CONFIG)] = None,
+    ema: Annotated[bool, option("", "Averaged or raw weights of SRC.", "--ema/--no-ema")] = True,
+    overwrite: Annotated[bool, option("", "Replace files of the same name.", "--overwrite")] = False,
 ) -> None:
     """Write a model in another format: this toolkit's, the original LDM's, or that of diffusers.
 

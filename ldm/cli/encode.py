@@ -6,44 +6,31 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import (
-    Config,
-    Device,
-    Ema,
-    Model,
-    Overwrite,
-    Precision,
-    Verbose,
-    Workers,
-    in_panel,
-    of_files,
-    of_machine,
-)
+from ldm.cli import options
 from ldm.wording import counted
 
 _WORST = 5
 _IMAGES = "A folder of images, read to any depth, or one image."
 _SIZE = "Side to which the centre of each image is resized; a multiple of the downsampling factor."
 _LATENTS = "Also latents.safetensors: mean and std float32 (N, c, h, w), the paths in its metadata."
+_GRID = "Also grid.png: images beside reconstructions."
 
 
 def command(
-    model: Model,
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", show_default=False, help=_IMAGES)],
-    out: Annotated[Path, of_files("FOLDER", "Where the results go.", show_default=False)],
-    size: Annotated[int | None, in_panel(None)("PIXELS", _SIZE, min=1, show_default="as trained")] = None,
-    config: Config = None,
-    ema: Ema = True,
-    latents: Annotated[bool, of_files("", _LATENTS, "--latents")] = False,
-    grid: Annotated[
-        bool, of_files("", "Also grid.png: images beside reconstructions.", "--grid/--no-grid")
-    ] = True,
-    overwrite: Overwrite = False,
-    batch_size: Annotated[int, of_machine("N", "Images at a time: memory and speed.", min=1)] = 16,
-    workers: Workers = None,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    verbose: Verbose = False,
+    model: options.Model,
+    images: Annotated[Path, options.argument("IMAGES", _IMAGES)],
+    out: Annotated[Path, options.of_files("FOLDER", "Where the results go.", show_default=False)],
+    size: Annotated[int | None, options.option("PIXELS", _SIZE, min=1, show_default="as trained")] = None,
+    config: options.Config = None,
+    ema: options.Ema = True,
+    latents: Annotated[bool, options.of_files("", _LATENTS, "--latents")] = False,
+    grid: Annotated[bool, options.of_files("", _GRID, "--grid/--no-grid")] = True,
+    overwrite: options.Overwrite = False,
+    batch_size: Annotated[int, options.of_machine("N", "Images at a time: memory and speed.", min=1)] = 16,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    verbose: options.Verbose = False,
 ) -> None:
     """Pass images through an autoencoder and see what is left of them.
 
@@ -56,26 +43,29 @@ def command(
 
     Example: ldm encode runs/pets-autoencoder photos/ --out out/pets-autoencoder
     """
-    from ldm.cli.results import reconstruct_into
+    from ldm.checkpoints import load
+    from ldm.cli.machine import arranged, autocast, pick_device
+    from ldm.cli.output import refuse_inside
+    from ldm.cli.results import write_reconstructed
+    from ldm.data.images.given import Pictures, find_images
+    from ldm.evaluation.reconstruction import first_stage_of, image_side, reconstruct
 
-    name, figures, pictures = reconstruct_into(
-        out,
-        model,
-        images,
-        size=size,
-        batch_size=batch_size,
-        workers=workers,
-        config=config,
-        ema=ema,
-        latents=latents,
-        grid=grid,
-        device=device,
-        precision=precision,
-        overwrite=overwrite,
-    )
+    target = pick_device(device)
+    context = autocast(precision, target)
+    given = find_images(images)
+    refuse_inside(out, images)
+    found = load(model, config, ema=ema)
+    first_stage = arranged(first_stage_of(found, str(model)), target)
+    side = image_side(found, size, str(model))
+    pictures = Pictures(*given, side, first_stage.image_channels)
+    groups = reconstruct(first_stage, pictures, batch_size, workers)
+    origin = {"model": str(model), "weights": getattr(found, "description", {}).get("weights")}
+    with context:
+        also = {"latents": latents, "grid": grid, "overwrite": overwrite}
+        figures = write_reconstructed(out, groups, pictures, origin, **also)
     if figures:
         psnr, l1 = ([getattr(figure, name) for figure in figures] for name in ("psnr", "l1"))
-        count, side = len(figures), pictures.size
+        count, name = len(figures), f"{type(first_stage).__name__} (f{first_stage.downsampling_factor})"
         typer.echo(f"{counted(count, 'image')} of {side}x{side} pixels through {name}")
         typer.echo(f"PSNR  mean {sum(psnr) / count:6.2f} dB   worst {min(psnr):6.2f} dB")
         typer.echo(f"L1    mean {sum(l1) / count:6.4f}      worst {max(l1):6.4f}      (black to white is 2)")

@@ -16,11 +16,7 @@ _TYPES = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one.
-
-    Raises:
-        ValueError: no such device here, in terms of what there is.
-    """
+    """`auto` is a GPU where there is one; ValueError where there is no such device here."""
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
         name = next(kind for kind, count in there.items() if count)
@@ -40,8 +36,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
         precision = "bf16" if good else "32"
     if precision not in _TYPES:
         raise ValueError(f"--precision {precision} is unknown; there are auto, {', '.join(_TYPES)}")
-    dtype = _TYPES[precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return torch.autocast(device.type, _TYPES[precision], enabled=precision != "32")
 
 
 def arranged(model: nn.Module, device: torch.device) -> nn.Module:
@@ -50,43 +45,33 @@ def arranged(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def progress_bar(total: int | None, text: str) -> tqdm:
+def progress_bar(total: int | None, text: str, shown: bool = True) -> tqdm:
     """A bar counting images, on stderr: a terminal follows every tenth of a second; a log file should not."""
-    smallest, largest = (0.1, 10.0) if sys.stderr.isatty() else (15.0, 60.0)
-    return tqdm(
-        total=total,
-        desc=text,
-        unit="image",
-        dynamic_ncols=True,
-        mininterval=smallest,
-        maxinterval=largest,
-    )
+    least, most = (0.1, 10.0) if sys.stderr.isatty() else (15.0, 60.0)
+    bar = {"desc": text, "unit": "image", "dynamic_ncols": True, "disable": not shown}
+    return tqdm(total=total, mininterval=least, maxinterval=most, **bar)
 
 
 @contextlib.contextmanager
 def lasting_interruption() -> Iterator[Callable[[], None]]:
     """Inside, Ctrl-C raises KeyboardInterrupt as ever, and the function given raises it again.
 
-    Python drops what is raised in a destructor or a callback of the garbage collector. A loop that calls the
-    function ends all the same, at its next round.
+    Python drops what is raised in a destructor; a loop that calls the function ends all the same.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield lambda: None
-        return
-    asked = False
+    asked = threading.Event()
 
     def handler(number: int, frame) -> None:
-        nonlocal asked
-        asked = True
+        asked.set()
         raise KeyboardInterrupt
 
     def check() -> None:
-        if asked:
+        if asked.is_set():
             raise KeyboardInterrupt
 
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
     signal.signal(signal.SIGINT, handler)
     try:
         yield check

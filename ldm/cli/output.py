@@ -31,15 +31,12 @@ def prepare_folder(out: Path, names: Iterable[str], overwrite: bool) -> None:
         raise FileExistsError(f"{folders[0]} is a folder, where a file would be written")
     if taken and not overwrite:
         more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
-        raise FileExistsError(
-            f"{taken[0]}{more} would be overwritten; choose another --out, or say --overwrite"
-        )
+        raise FileExistsError(f"{taken[0]}{more} would be overwritten; choose another --out, or --overwrite")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CannotWrite(
-            f"cannot make the folder --out {out} ({os.strerror(error.errno)}); choose another --out"
-        ) from error
+        reason = os.strerror(error.errno)
+        raise CannotWrite(f"cannot make the folder --out {out} ({reason}); choose another --out") from error
 
 
 def refuse_inside(out: Path, images: Path) -> None:

@@ -4,31 +4,25 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor, nn
 
 from ldm import __version__
-from ldm.checkpoints import load
-from ldm.cli.machine import arranged, autocast, lasting_interruption, pick_device, progress_bar
-from ldm.cli.output import npz_file, prepare_folder, refuse_inside, write_image, write_png
-from ldm.cli.wanted import Wanted, choose
-from ldm.data.images.given import Pictures, find_images
+from ldm.cli.machine import lasting_interruption, progress_bar
+from ldm.cli.output import npz_file, prepare_folder, write_image, write_png
+from ldm.cli.wanted import Wanted
+from ldm.data.images.given import Pictures
 from ldm.data.images.grid import led_rows, pixel_grid, to_uint8
-from ldm.evaluation.reconstruction import (
-    Figure,
-    first_stage_of,
-    image_side,
-    latents_file,
-    reconstruct,
-    write_figures,
-)
+from ldm.evaluation.reconstruction import Figure, Reconstructed, latents_file, write_figures
 from ldm.files import CannotWrite
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.sampling import Sampling, draw
+from ldm.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -40,61 +34,60 @@ _ROW_MOST = 20  # images of one class, or one image, that stand in one row
 _GRID_PAIRS, _PAIRS_A_ROW = 32, 4
 
 
-def draw_into(
-    out: Path,
-    source: Path,
-    *,
-    config: Path | None = None,
-    ema: bool = True,
-    n: int = 16,
-    classes: str | None = None,
-    image: Path | None = None,
-    seed: int = 0,
-    asked: dict[str, Any] | None = None,
-    batch_size: int = 64,
-    exact: bool | None = None,
-    grid: bool = True,
-    npz: bool = False,
-    overwrite: bool = False,
-    device: str = "auto",
-    precision: str = "auto",
-) -> tuple[str, int]:
-    """Draw, and write `00000-<image>-<class>.png` ..., `grid.png`, `samples.npz` into `out`.
-
-    Files appear whole or not at all, each image as soon as it is drawn.
-
-    Args:
-        source, config, ema: as `ldm.load`'s.
-        asked: settings of sampling, None for what is left to the model.
-
-    Returns what was written, in words, and how many images that were given cannot be read.
+def settle(model: nn.Module, name: str, asked: dict[str, Any]) -> Sampling:
+    """How the model is to be sampled, held against it before anything is made.
 
     Raises:
-        ValueError, FileNotFoundError: a wrong request, in terms of what exists.
-        FileExistsError: a file is there already; nothing was drawn or written.
-        KeyboardInterrupt: says how many images there are.
+        ValueError: no diffusion model, what the sampler refuses, or guidance with nothing to guide by.
     """
-    target = pick_device(device)
-    context = autocast(precision, target)
-    model = load(source, config, ema=ema)
     if not isinstance(model, LatentDiffusion):
         what = "a first stage" if hasattr(model, "decode_latent") else "a part of a model"
         raise ValueError(
-            f"{source} holds {what} ({type(model).__name__}), which draws nothing; give the run folder of a "
+            f"{name} holds {what} ({type(model).__name__}), which draws nothing; give the run folder of a "
             "diffusion model (`ldm encode` passes images through a first stage)"
         )
-    model = arranged(model, target)
-    if image is not None:
-        refuse_inside(out, image)
-    wanted = choose(model, n, classes, image)
-    settings = _settings(model, asked or {})
+    settings = Sampling.of(model, **asked)
+    if settings.guidance != 1.0 and not model.conditioner.keys:
+        raise ValueError("--guidance needs a conditional model; this one has nothing to guide towards")
+    # Published models do not say what their training dropped.
+    own = getattr(model, "description", {}).get("sampling") or {}
+    if settings.guidance != 1.0 and "guidance" in own and not model.conditioner.drops:
+        raise ValueError(
+            f"guidance {settings.guidance:g} needs a model that was trained without its condition part of "
+            "the time, and this one was not (drop is 0 in its conditioner); say --guidance 1"
+        )
+    return settings
+
+
+def facts_of(model: LatentDiffusion, source: Path, seed: int, settings: Sampling) -> dict[str, Any]:
+    """What is needed to draw an image again, besides what it is conditioned on."""
+    description = getattr(model, "description", {})
+    origin = {"model": str(source), "weights": description.get("weights"), "step": description.get("step")}
+    known = {name: value for name, value in origin.items() if value is not None}
+    return {"seed": seed, **settings.facts(), **known, "ldm": __version__}
+
+
+def write_drawn(
+    out: Path,
+    batches: Iterable[Tensor],
+    wanted: Wanted,
+    facts: Mapping[str, Any],
+    *,
+    grid: bool,
+    npz: bool,
+    overwrite: bool,
+) -> str:
+    """Write images as soon as they are drawn, `00000-<image>-<class>.png` ..., `grid.png`, `samples.npz`.
+
+    Files appear whole or not at all. Returns what was written, in words.
+
+    Raises:
+        FileExistsError: a file is there already; nothing was drawn or written.
+        KeyboardInterrupt: says how many images there are.
+    """
     count, names = wanted.count, wanted.file_names()
-    conditions = wanted.batch if model.conditioner.keys else None
-    options = {"seed": seed, "settings": settings, "batch_size": batch_size, "exact": exact}
-    batches = draw(model, count, conditions, **options)
     prepare_folder(out, [*names, *[GRID] * grid, *[NPZ] * npz], overwrite)
     _warn_of_others(out, names)
-    facts = _facts(model, source, seed, settings)
     sheet: list[np.ndarray] = []
     done = 0
     try:
@@ -102,7 +95,6 @@ def draw_into(
             archive = stack.enter_context(npz_file(out / NPZ, count, wanted.labels)) if npz else None
             bar = stack.enter_context(progress_bar(count, "sampling"))
             interrupted = stack.enter_context(lasting_interruption())
-            stack.enter_context(context)
             for images in batches:
                 pixels = to_uint8(images)
                 if archive is not None:
@@ -113,10 +105,9 @@ def draw_into(
                     bar.update(1)
                     interrupted()
                 if grid:
-                    sheet += list(pixels[: _room_on_sheet(pixels, wanted, n) - len(sheet)])
+                    sheet += list(pixels[: _room_on_sheet(pixels, wanted) - len(sheet)])
         if grid:
-            columns = n if n <= _ROW_MOST else None
-            write_image(out / GRID, _arranged(wanted, np.stack(sheet), columns, classes is not None))
+            write_image(out / GRID, _arranged(wanted, np.stack(sheet)))
     except KeyboardInterrupt:
         # It may have come between the appearance of an image and its count.
         done += done < count and not overwrite and (out / names[done]).exists()
@@ -128,62 +119,35 @@ def draw_into(
         ) from error
     shown = "all" if len(sheet) == count else f"the first {len(sheet)}"
     said = f"{count} images in {out}" + (f", {shown} on one sheet: {out / GRID}" if grid else "")
-    unreadable = 0 if wanted.pictures is None else len(wanted.pictures.unreadable)
-    return said if count > 1 else f"1 image: {out / names[0]}", unreadable
-
-
-def _settings(model: LatentDiffusion, asked: dict[str, Any]) -> Sampling:
-    """How the model is to be sampled, held against it before anything is made.
-
-    Raises:
-        ValueError: what the sampler refuses, or guidance with nothing to guide by.
-    """
-    settings = Sampling.of(model, **asked)
-    if settings.guidance != 1.0 and not model.conditioner.keys:
-        raise ValueError("--guidance needs a conditional model; this one has nothing to guide towards")
-    if settings.guidance != 1.0 and not model.conditioner.drops:
-        raise ValueError(
-            f"guidance {settings.guidance:g} needs a model that was trained without its condition part of "
-            "the time, and this one was not (drop is 0 in its conditioner); say --guidance 1"
-        )
-    return settings
+    return said if count > 1 else f"1 image: {out / names[0]}"
 
 
 def _whole(done: int, count: int, out: Path) -> str:
     return f"{done} of {count} images are in {out}, each of them whole"
 
 
-def _arranged(wanted: Wanted, pixels: np.ndarray, columns: int | None, by_class: bool) -> Image.Image:
+def _arranged(wanted: Wanted, pixels: np.ndarray) -> Image.Image:
     """The sheet: a row a class, or an image in front of its row, where that is how they were asked for."""
+    columns = wanted.each if wanted.each <= _ROW_MOST else None
     if wanted.pictures is not None and columns is not None:
-        leads = wanted.images(range(0, len(pixels), columns))
+        leads = wanted.batch(range(0, len(pixels), columns))["image"]
         return led_rows(to_uint8(leads), pixels, columns)
-    return pixel_grid(pixels, columns if by_class else None)
+    return pixel_grid(pixels, columns if wanted.by_class else None)
 
 
-def _room_on_sheet(pixels: np.ndarray, wanted: Wanted, row: int) -> int:
+def _room_on_sheet(pixels: np.ndarray, wanted: Wanted) -> int:
     """How many images of this size, (B, H, W) or (B, H, W, C), one sheet holds, besides those in front of
     their rows."""
     room = min(_GRID_MOST, max(1, _GRID_PIXELS // (pixels.shape[1] * pixels.shape[2])))
-    return room if wanted.pictures is None else max(1, room * row // (row + 1))
+    return room if wanted.pictures is None else max(1, room * wanted.each // (wanted.each + 1))
 
 
 def _warn_of_others(out: Path, names: list[str]) -> None:
     """Somebody who counts or measures the folder should know of images that this command does not replace."""
     here = {path.name for path in out.iterdir() if re.fullmatch(r"[0-9]{5,}(-.*)?\.png", path.name)}
-    others = sorted(here.difference(names))
-    if others:
-        log.warning(
-            "note: %s also holds %d images of another request, such as %s", out, len(others), others[0]
-        )
-
-
-def _facts(model: LatentDiffusion, source: Path, seed: int, settings: Sampling) -> dict[str, Any]:
-    """What is needed to draw an image again."""
-    description = getattr(model, "description", {})
-    origin = {"model": str(source), "weights": description.get("weights"), "step": description.get("step")}
-    known = {name: value for name, value in origin.items() if value is not None}
-    return {"seed": seed, **settings.facts(), **known, "ldm": __version__}
+    if others := sorted(here.difference(names)):
+        said = "note: %s also holds %d images of another request, such as %s"
+        log.warning(said, out, len(others), others[0])
 
 
 def png_names(paths: list[str]) -> list[str]:
@@ -195,41 +159,20 @@ def png_names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{path}.png" for path in paths]
 
 
-def reconstruct_into(
+def write_reconstructed(
     out: Path,
-    source: Path,
-    images: Path,
+    groups: Iterable[Reconstructed],
+    pictures: Pictures,
+    origin: Mapping[str, str | None],
     *,
-    config: Path | None = None,
-    ema: bool = True,
-    size: int | None = None,
-    batch_size: int = 16,
-    workers: int | None = None,
-    latents: bool = False,
-    grid: bool = True,
-    overwrite: bool = False,
-    device: str = "auto",
-    precision: str = "auto",
-) -> tuple[str, list[Figure], Pictures]:
-    """Reconstruct images and write what `ldm encode` promises into `out`; arguments as `draw_into`'s.
-
-    Returns what the first stage is, how far off each reconstruction is, and the images.
-
-    Raises:
-        ValueError, FileNotFoundError: a wrong request, in terms of what exists.
-        FileExistsError: a file is there already; nothing was computed or written.
-        KeyboardInterrupt: says how many images there are.
-    """
-    target = pick_device(device)
-    context = autocast(precision, target)
-    found = find_images(images)
-    refuse_inside(out, images)
-    model = load(source, config, ema=ema)
-    first_stage = arranged(first_stage_of(model, str(source)), target)
-    pictures = Pictures(*found, image_side(model, size, str(source)), first_stage.image_channels)
+    latents: bool,
+    grid: bool,
+    overwrite: bool,
+) -> list[Figure]:
+    """Write reconstructions as they are made, `figures.csv`, `latents.safetensors`, `grid.png`; see
+    `write_drawn`. Returns how far off each reconstruction is."""
     names = [f"{RECONSTRUCTIONS}/{name}" for name in png_names(pictures.paths)]
     prepare_folder(out, [*names, FIGURES, *[GRID] * grid, *[LATENTS] * latents], overwrite)
-    origin = {"model": str(source), "weights": getattr(model, "description", {}).get("weights")}
     figures: list[Figure] = []
     pairs: list[np.ndarray] = []
     try:
@@ -238,8 +181,7 @@ def reconstruct_into(
             if latents:
                 keep = stack.enter_context(latents_file(out / LATENTS, len(pictures), origin))
             bar = stack.enter_context(progress_bar(len(pictures), "encoding"))
-            stack.enter_context(context)
-            for group in reconstruct(first_stage, pictures, batch_size, workers):
+            for group in groups:
                 if keep is not None:
                     keep(group)
                 written = to_uint8(group.reconstructions)
@@ -258,4 +200,4 @@ def reconstruct_into(
     if pairs:
         pixels = np.stack(pairs[: 2 * _GRID_PAIRS])
         write_image(out / GRID, pixel_grid(pixels, min(2 * _PAIRS_A_ROW, len(pixels))))
-    return f"{type(first_stage).__name__} (f{first_stage.downsampling_factor})", figures, pictures
+    return figures

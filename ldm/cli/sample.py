@@ -1,5 +1,6 @@
 """`ldm sample MODEL`"""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,111 +14,54 @@ from ldm.cli.options import (
     Overwrite,
     Precision,
     Verbose,
-    in_panel,
     of_files,
     of_machine,
+    option,
 )
 from ldm.wording import counted
 
-_what, _how = in_panel("What to draw"), in_panel("How to draw it", show_default="the model's own")
+_what = partial(option, panel="What to draw")
+_how = partial(option, panel="How to draw it", show_default="the model's own")
+
+_N = "How many images; with --classes or --image, of each class and image."
+_CLASSES = "Names or numbers, with commas and ranges: cat,dog or 0-4,7; a name goes before a number."
+_IMAGE = "An image, or a folder of images, to draw variations of; with --classes, each image with each class."
+_CONDITION = "What else the model reads, such as caption='a red fox' or size=64,64; repeatable."
+_SEED = "Image i depends on the seed, i and its conditions alone."
+_SAMPLER = "ddpm, ddim, plms, euler, heun, dpmpp_2m, or a function of yours, mypackage.my_sampler."
+_GUIDANCE = "Classifier-free guidance: 1 is none, more follows the conditions more closely."
+_OPTION = "What the sampler takes besides, such as variance=large of ddpm; repeatable."
+_ETA = "--option eta=ETA: noise added by ddim, from 0 (none) to 1 (as much as ddpm)."
+_SPACING = "Of discrete timesteps: linspace, respaced, trailing, leading, karras, uniform or quad."
+_SHIFT = "How far a flow model's steps are moved towards noise: 1 is not at all, 3 usual for large images."
+_NPZ = "Also all in samples.npz: arr_0 uint8 (N, H, W, C), arr_1 labels."
+_BATCH = "Images at a time: memory and speed. It changes pixels by rounding at most."
+_EXACT = "Compute in groups of a fixed size: the same bits whatever --n and --batch-size."
 
 
 def command(
     model: Model,
-    n: Annotated[
-        int,
-        _what("N", "How many images; with --classes or --image, of each class and image.", "--n", min=1),
-    ] = 16,
-    classes: Annotated[
-        str | None,
-        _what(
-            "LIST",
-            "Names or numbers with commas and ranges: cat,dog or 0-4,7. Where classes are named by numbers, "
-            "a number is a name.",
-            show_default="all in turn",
-        ),
-    ] = None,
-    image: Annotated[
-        Path | None,
-        _what(
-            "PATH",
-            "An image, or a folder of images read to any depth, for a model that draws variations of images: "
-            "--n of each. With --classes, --n of each image with each class; without, the classes in turn.",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[
-        int, _what("N", "Image i depends on the seed, i and its class and image alone.", min=0)
-    ] = 0,
+    n: Annotated[int, _what("N", _N, "--n", min=1)] = 16,
+    classes: Annotated[str | None, _what("LIST", _CLASSES, show_default="all in turn")] = None,
+    image: Annotated[Path | None, _what("PATH", _IMAGE, show_default=False)] = None,
+    condition: Annotated[list[str] | None, _what("KEY=VALUE", _CONDITION, show_default=False)] = None,
+    seed: Annotated[int, _what("N", _SEED, min=0)] = 0,
     config: Config = None,
     ema: Ema = True,
-    sampler: Annotated[
-        str | None,
-        _how(
-            "NAME",
-            "ddpm, ddim, plms, euler, heun or dpmpp_2m, each of which fits every model; or a function of "
-            "yours, mypackage.my_sampler.",
-        ),
-    ] = None,
+    sampler: Annotated[str | None, _how("NAME", _SAMPLER)] = None,
     steps: Annotated[int | None, _how("N", "Steps of the sampler.", min=1)] = None,
-    guidance: Annotated[
-        float | None,
-        _how(
-            "SCALE", "Classifier-free guidance towards class and image: 1 is none, more follows more closely."
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        _how(
-            "NAME=VALUE",
-            "What the sampler takes besides, such as variance=large of ddpm; repeatable.",
-        ),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        _how("ETA", "--option eta=ETA: noise added by ddim, from 0 (none) to 1 (as much as ddpm)."),
-    ] = None,
-    spacing: Annotated[
-        str | None,
-        _how(
-            "NAME",
-            "How steps are spaced, for models with discrete timesteps: linspace, respaced, trailing, "
-            "leading, karras, or uniform and quad as in the original DDIM.",
-            show_default="what suits the sampler",
-        ),
-    ] = None,
-    shift: Annotated[
-        float | None,
-        _how(
-            "NUMBER",
-            "How far the steps of a flow model are moved towards noise: 1 is not at all, 3 is usual for "
-            "large images.",
-        ),
-    ] = None,
+    guidance: Annotated[float | None, _how("SCALE", _GUIDANCE)] = None,
+    option: Annotated[list[str] | None, _how("NAME=VALUE", _OPTION)] = None,
+    eta: Annotated[float | None, _how("ETA", _ETA)] = None,
+    spacing: Annotated[str | None, _how("NAME", _SPACING, show_default="what suits the sampler")] = None,
+    shift: Annotated[float | None, _how("NUMBER", _SHIFT)] = None,
     out: Annotated[Path, of_files("FOLDER", "Where the images go.")] = Path("samples"),
     grid: Annotated[bool, of_files("", "Also all on one sheet, grid.png.", "--grid/--no-grid")] = True,
-    npz: Annotated[
-        bool, of_files("", "Also all in samples.npz: arr_0 uint8 (N, H, W, C), arr_1 labels.", "--npz")
-    ] = False,
+    npz: Annotated[bool, of_files("", _NPZ, "--npz")] = False,
     overwrite: Overwrite = False,
-    batch_size: Annotated[
-        int,
-        of_machine(
-            "N",
-            "Images at a time: memory and speed. It changes pixels by rounding at most, with --exact nothing "
-            "at all.",
-            min=1,
-        ),
-    ] = 64,
+    batch_size: Annotated[int, of_machine("N", _BATCH, min=1)] = 64,
     exact: Annotated[
-        bool | None,
-        of_machine(
-            "",
-            "Compute in groups of a fixed size, chosen by the model: the same bits whatever --n and "
-            "--batch-size.",
-            "--exact/--no-exact",
-            show_default="on the CPU",
-        ),
+        bool | None, of_machine("", _EXACT, "--exact/--no-exact", show_default="on the CPU")
     ] = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -135,30 +79,30 @@ def command(
 
     Example: python sample.py runs/variations --image photos/ --n 8 --out out/variations
     """
-    from ldm.cli.results import draw_into
+    from ldm.checkpoints import load
+    from ldm.cli.machine import arranged, autocast, pick_device
+    from ldm.cli.output import refuse_inside
+    from ldm.cli.results import facts_of, settle, write_drawn
+    from ldm.cli.wanted import choose
+    from ldm.sampling import draw
 
     asked = {"sampler": sampler, "steps": steps, "guidance": guidance, "spacing": spacing, "shift": shift}
-    said, unreadable = draw_into(
-        out,
-        model,
-        n=n,
-        classes=classes,
-        image=image,
-        seed=seed,
-        asked={**asked, "eta": eta, **_options(option or [])},
-        batch_size=batch_size,
-        exact=exact,
-        config=config,
-        ema=ema,
-        grid=grid,
-        npz=npz,
-        device=device,
-        precision=precision,
-        overwrite=overwrite,
-    )
-    typer.echo(said)
-    if unreadable:
-        bad = counted(unreadable, "image that", "images that")
+    asked |= {"eta": eta, **_options(option or [])}
+    target = pick_device(device)
+    context = autocast(precision, target)
+    found = load(model, config, ema=ema)
+    settings = settle(found, str(model), asked)
+    if image is not None:
+        refuse_inside(out, image)
+    wanted = choose(found, n, classes, image, condition or [])
+    batch = wanted.batch if wanted.conditions else None
+    how = {"seed": seed, "settings": settings, "batch_size": batch_size, "exact": exact}
+    batches = draw(arranged(found, target), wanted.count, batch, **how)
+    facts = facts_of(found, model, seed, settings)
+    with context:
+        typer.echo(write_drawn(out, batches, wanted, facts, grid=grid, npz=npz, overwrite=overwrite))
+    if wanted.pictures is not None and wanted.pictures.unreadable:
+        bad = counted(len(wanted.pictures.unreadable), "image that", "images that")
         typer.echo(f"error: nothing is drawn of {bad} cannot be read, see above", err=True)
         raise typer.Exit(1)
 

@@ -5,40 +5,18 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import Verbose
+from ldm.cli.options import Overrides, Verbose, argument, option
+
+_YAML = "The YAML of the run, for example configs/quickstart/autoencoder.yaml."
+_PRINT = "Print the whole config, with defaults and changes, and stop."
+_DRY_RUN = "Build everything, run one batch forward and backward, print sizes and memory, and stop."
 
 
 def command(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG",
-            help="The YAML of the run, for example configs/quickstart/autoencoder.yaml.",
-            show_default=False,
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Changes to the YAML, for example training.steps=1000 or name=second-try.",
-            show_default=False,
-        ),
-    ] = None,
-    print_config: Annotated[
-        bool,
-        typer.Option(
-            "--print-config", metavar="", help="Print the whole config, with defaults and changes, and stop."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar="",
-            help="Build everything, run one batch forward and backward, print sizes and memory, and stop.",
-        ),
-    ] = False,
+    config: Annotated[Path, argument("CONFIG", _YAML)],
+    overrides: Overrides = None,
+    print_config: Annotated[bool, option("", _PRINT, "--print-config")] = False,
+    dry_run: Annotated[bool, option("", _DRY_RUN, "--dry-run")] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train the autoencoder or the diffusion model that CONFIG describes.

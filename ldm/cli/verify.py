@@ -5,16 +5,11 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import Verbose, Workers
+from ldm.cli.options import Verbose, Workers, argument
 
 
 def command(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FOLDER", show_default=False, help="Images, with or without one subfolder a class."
-        ),
-    ],
+    folder: Annotated[Path, argument("FOLDER", "Images, with or without one subfolder a class.")],
     workers: Workers = None,
     verbose: Verbose = False,
 ) -> None:
@@ -28,9 +23,8 @@ def command(
 
     images = ImageFolder(folder, size=1, on_error="report", layout="flat")
     with progress_bar(len(images), "reading") as bar:
-        bad = verify(
-            images, "auto" if workers is None else workers, lambda done, total: bar.update(done - bar.n)
-        )
+        processes = "auto" if workers is None else workers
+        bad = verify(images, processes, lambda done, total: bar.update(done - bar.n))
     for file in bad:
         typer.echo(f"{file.path}: {file.reason}")
     count = f"{len(images) + len(images.empty_files()):,} images"

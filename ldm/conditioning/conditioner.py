@@ -48,6 +48,15 @@ class Embedder(nn.Module):
         """Stand-in values for a batch without this condition (all of them are then marked as dropped)."""
         raise NotImplementedError
 
+    def from_text(self, text: str):
+        """The value of one sample, such as `sample.py --condition KEY=TEXT` gives it: a tensor without the
+        batch's dimension, or anything of which the batch holds a list.
+
+        Raises:
+            ValueError: this text, or any, makes no such value.
+        """
+        raise ValueError(f"what a {type(self).__name__} reads cannot be given as text")
+
     def attach(self, model: nn.Module) -> None:
         """Called by the `LatentDiffusion` that this becomes a part of; for embedders that need it."""
 

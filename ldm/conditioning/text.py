@@ -66,6 +66,9 @@ class TextEmbedder(Embedder):
             return torch.zeros(batch_size, self.max_length, dtype=torch.int64, device=device)
         return self.empty_tokens().to(device).expand(batch_size, -1)
 
+    def from_text(self, text: str) -> str:
+        return text
+
     def tokenize(self, values: Sequence[str] | Tensor) -> Tensor:
         """Texts, or what is already (B, N) int64, -> token numbers on the embedder's device.
 

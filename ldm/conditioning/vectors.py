@@ -94,6 +94,13 @@ class SinusoidalNumbers(Embedder):
         features = rearrange(features, "(b n) d -> b (n d)", b=len(values))
         return features if dropped is None else zero_dropped(features, dropped)
 
+    def from_text(self, text: str) -> Tensor:
+        """`64,64.5` -> (2,)"""
+        try:
+            return torch.tensor([float(number) for number in text.split(",")])
+        except ValueError as error:
+            raise ValueError(f"{self.key!r} are numbers separated by commas, got {text!r}") from error
+
     def null_values(self, batch_size: int, device: torch.device) -> Tensor:
         raise ValueError(
             f"how many numbers {self.key!r} has is not known without a batch: use "

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,17 +25,14 @@ LATENTS_FORMAT = "ldm-latents/1"
 
 
 class Figure(NamedTuple):
-    """How far a reconstruction is from its image: PSNR in dB, mean absolute difference on the scale [-1,
-    1].
-    """
+    """How far a reconstruction is from its image: PSNR in dB, mean absolute difference in [-1, 1]."""
 
     path: str
     psnr: float
     l1: float
 
 
-@dataclass
-class Reconstructed:
+class Reconstructed(NamedTuple):
     """Some images and what became of them, float32 on the CPU.
 
     indices: the images' places in the `Pictures`. images, reconstructions: (B, C, H, W) in [-1, 1].
@@ -87,8 +83,7 @@ def reconstruct(
     """Reconstruct images from the mean of their posteriors, on the first stage's device.
 
     Args:
-        pictures: of `image_side` and the first stage's `image_channels`; `pictures.unreadable` then holds
-            those of which there is no reconstruction.
+        pictures: of `image_side` and `image_channels`; its `unreadable` then holds what was left out.
         workers: processes that read, None for what suits their number.
 
     Raises:
@@ -101,9 +96,7 @@ def reconstruct(
             mean, std = first_stage.moments(images.to(device))
             decoded = first_stage.decode_latent(mean)
         if not decoded.isfinite().all():
-            raise ValueError(
-                "the reconstructions are not finite: the model diverged in training, or needs float32"
-            )
+            raise ValueError("the reconstructions are not finite: the model diverged, or needs float32")
         decoded = decoded.float().clamp(-1, 1).cpu()
         pairs = zip(indices, images, decoded, strict=True)
         figures = [_figure(pictures.paths[i], image, other) for i, image, other in pairs]
@@ -133,8 +126,8 @@ def latents_file(
 ) -> Iterator[Callable[[Reconstructed], None]]:
     """A .safetensors file of what the given function is handed, written when the block ends well.
 
-    `mean` and `std`, float32 (N, c, h, w) with N at most `count`, wait on the disk, not in memory. The
-    metadata are `origin` and the images' `paths`, as JSON. No images make no file.
+    `mean` and `std`, float32 (N, c, h, w) with N at most `count`, wait on the disk. The metadata are `origin`
+    and the images' `paths`, as JSON. No images make no file.
     """
     arrays, paths = {}, []
     files = {name: path.with_name(f".{path.name}.{name}.partial") for name in ("mean", "std")}
@@ -152,9 +145,8 @@ def latents_file(
         yield add
         if paths:
             tensors = {name: torch.from_numpy(array[: len(paths)]) for name, array in arrays.items()}
-            known = {name: value for name, value in origin.items() if value is not None}
-            facts = {"format": LATENTS_FORMAT, **known, "paths": json.dumps(paths)}
-            write_safetensors(path, tensors, facts)
+            facts = {"format": LATENTS_FORMAT, **origin, "paths": json.dumps(paths)}
+            write_safetensors(path, tensors, {name: fact for name, fact in facts.items() if fact is not None})
     finally:
         arrays.clear()
         for file in files.values():

@@ -1,9 +1,7 @@
 """What a training step costs, found out on tensors without values (the meta device): FLOPs and bytes.
 
-A step runs as it would on a GPU, forward and backward; every operation is seen when it is dispatched, nothing
-is computed and no memory is taken. Attention counts as the matrix products it consists of, and keeps what a
-fused kernel keeps (queries, keys, values, output and one number a row), not the matrix of weights. Autocast
-to bfloat16, which the meta device lacks, is acted out: the same functions get the same casts.
+Every operation of a step, forward and backward, is seen when it is dispatched; nothing is computed. Attention
+counts, and keeps, what a fused kernel does. Autocast to bfloat16, which the meta device lacks, is acted out.
 """
 
 import math
@@ -17,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-aten = torch.ops.aten
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 # torch's lists for CUDA: what autocast does in half precision, and what it does in float32.
 # https://pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float16
 _IN_HALF = frozenset({
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
     "matmul", "__matmul__", "mm", "mv", "bmm", "addmm", "addbmm", "baddbmm", "einsum",
+    "scaled_dot_product_attention",
 })  # fmt: skip
 _IN_FLOAT = frozenset({
     "group_norm", "layer_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
@@ -34,48 +33,21 @@ _IN_FLOAT = frozenset({
 })  # fmt: skip
 
 
-def _matmul(a: Tensor, b: Tensor, *_, **__) -> int:
-    """2 M K N of (..., M, K) x (..., K, N), a multiply-add counted as two."""
-    return 2 * a.numel() * b.shape[-1]
-
-
-def _biased_matmul(bias: Tensor, a: Tensor, b: Tensor, *_, **__) -> int:
-    return _matmul(a, b)
-
-
-def _convolution_flops(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
-    """2 x kernel's numbers x places: the output's places, or the input's where it is transposed."""
-    places = x if transposed else out
-    return 2 * weight.numel() * places.shape[0] * math.prod(places.shape[2:])
-
-
-def _convolution(x, weight, bias, stride, padding, dilation, transposed, *_, out) -> int:
-    return _convolution_flops(x, weight, out, transposed)
-
-
 def _convolution_backward(
-    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask, *, out
+    grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask
 ) -> int:
-    """As much again for the input's gradient and for the weight's, where they are asked for."""
-    return (mask[0] + mask[1]) * _convolution_flops(x, weight, grad, transposed)
+    """As much as forward for the input's gradient and for the weight's, where they are asked for.
 
-
-_FLOPS: dict[object, Callable[..., int]] = {
-    aten.mm: _matmul,
-    aten.bmm: _matmul,
-    aten.addmm: _biased_matmul,
-    aten.baddbmm: _biased_matmul,
-    aten.convolution: _convolution,
-    aten.convolution_backward: _convolution_backward,
-}
+    torch's own formula counts the weights of grouped convolutions as if there were no groups.
+    """
+    return (mask[0] + mask[1]) * conv_flop_count(x.shape, weight.shape, grad.shape, transposed)
 
 
 @dataclass
 class Layer:
     """One row of the forward pass: a module, called once or more often.
 
-    parameters: numbers in it. flops: of its forward passes. saved: bytes it keeps for the backward pass.
-    shape: of its last output, None where that is no tensor.
+    saved: bytes kept for the backward pass. shape: of the last output, None where that is no tensor.
     """
 
     name: str
@@ -89,9 +61,8 @@ class Layer:
 class Cost:
     """What one step cost.
 
-    flops: of everything. layers: the rows of the networks' forward passes, in the order of the first call;
-    the last one, named "", is what lies between them. live: bytes alive after every operation, beside the
-    parameters.
+    flops: of everything. layers: rows of the network's forward pass in the order of the first call; the last
+    one, named "", is what lies between them. live: bytes beside the parameters after every operation.
     """
 
     flops: int = 0
@@ -115,24 +86,18 @@ class Meter:
     """Measures the step that runs inside `running()`.
 
     Args:
-        networks: what the rows are made of, by name ("" for none).
+        network: what the rows are made of.
         resident: modules whose parameters are in memory all the time and not counted as alive.
-        depth: how deep the rows go below a network; lists of modules do not count as a level.
+        depth: how deep the rows go below the network; lists of modules do not count as a level.
         half: act out autocast to bfloat16.
     """
 
     def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        resident: Iterable[nn.Module],
-        depth: int = 1,
-        half: bool = False,
+        self, network: nn.Module, resident: Iterable[nn.Module], depth: int = 1, half: bool = False
     ) -> None:
-        self.networks, self.depth, self.half = networks, depth, half
+        self.network, self.depth, self.half = network, depth, half
         self.cost = Cost()
-        self._static = {
-            _key(tensor) for module in resident for tensor in (*module.parameters(), *module.buffers())
-        }
+        self._static = {_key(t) for module in resident for t in (*module.parameters(), *module.buffers())}
         self._between = Layer("")
         self._rows: dict[str, Layer] = {}
         self._stack: list[Layer | None] = [None]
@@ -147,8 +112,7 @@ class Meter:
     @contextmanager
     def running(self) -> Iterator["Meter"]:
         with ExitStack() as stack:
-            for name, network in self.networks.items():
-                self._watch(stack, network, name, 0)
+            self._watch(stack, self.network, "", 0)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
             stack.enter_context(_Operations(self))
             stack.enter_context(_Functions(self))
@@ -162,22 +126,18 @@ class Meter:
         try:
             # What `loss.backward()` calls; that itself would hide the functions of recomputed blocks.
             engine = torch.autograd.Variable._execution_engine
-            start = (torch.ones_like(loss),)
-            engine.run_backward(
-                (loss,), start, False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
+            ones, options = torch.ones_like(loss), {"allow_unreachable": True, "accumulate_grad": True}
+            engine.run_backward((loss,), (ones,), False, False, (), **options)
         finally:
             self._backward = False
-
-    # -- rows ----------------------------------------------------------------------------------------------
 
     def _watch(self, stack: ExitStack, module: nn.Module, name: str, level: int) -> None:
         """Rows for the modules `depth` levels below a network, and for those on the way that are whole."""
         children = [] if level == self.depth else list(_called(module))
-        if not children or level == self.depth:
+        if not children:
             self._add_row(stack, module, name)
             return
-        _hook(stack, module, self._enter_between, self._leave)
+        _hook(stack, module, lambda *_: self._enter(self._between), self._leave)
         for child_name, child in children:
             self._watch(stack, child, f"{name}.{child_name}".strip("."), level + 1)
 
@@ -185,10 +145,11 @@ class Meter:
         def enter(called: nn.Module, inputs: object) -> None:
             if not self._backward and name not in self._rows:
                 self._rows[name] = Layer(name, sum(p.numel() for p in module.parameters()))
-            self._stack.append(None if self._backward else self._rows[name])
+            self._enter(self._rows.get(name))
 
         def leave(called: nn.Module, inputs: object, output: object) -> None:
-            row = self._stack.pop()
+            row = self._stack[-1]
+            self._leave()
             if row is not None and called is module and isinstance(output, Tensor):
                 row.shape = tuple(output.shape)
 
@@ -196,13 +157,11 @@ class Meter:
         for part in module.modules():
             _hook(stack, part, enter, leave)
 
-    def _enter_between(self, module: nn.Module, inputs: object) -> None:
-        self._stack.append(None if self._backward else self._between)
+    def _enter(self, row: Layer | None) -> None:
+        self._stack.append(None if self._backward else row)
 
-    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
+    def _leave(self, *_: object) -> None:
         self._stack.pop()
-
-    # -- FLOPs and bytes -----------------------------------------------------------------------------------
 
     def add_flops(self, flops: int) -> None:
         self.cost.flops += flops
@@ -211,9 +170,7 @@ class Meter:
 
     def saw(self, out: object) -> None:
         """Note what an operation returned as alive, until it is freed."""
-        for tensor in (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ():
-            if isinstance(tensor, Tensor):
-                self._hold(tensor)
+        tree_map_only(Tensor, self._hold, out)
         self.cost.live.append(self._bytes)
 
     def _hold(self, tensor: Tensor) -> None:
@@ -239,8 +196,6 @@ class Meter:
             if key not in self._half_keys:
                 row.saved += tensor.untyped_storage().nbytes()
         return tensor
-
-    # -- autocast ------------------------------------------------------------------------------------------
 
     def to_half(self, tensor: Tensor) -> Tensor:
         if tensor.dtype is not torch.float32:
@@ -281,9 +236,11 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        count = _FLOPS.get(func._overloadpacket)
-        if count is not None:
-            self.meter.add_flops(count(*args, out=out))
+        operation = func._overloadpacket
+        if operation is torch.ops.aten.convolution_backward:
+            self.meter.add_flops(_convolution_backward(*args))
+        elif operation in flop_registry:
+            self.meter.add_flops(flop_registry[operation](*args, **(kwargs or {}), out_val=out))
         self.meter.saw(out)
         return out
 
@@ -297,27 +254,18 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
         if self.meter.half:
             name = getattr(func, "__name__", "")
             if name in _IN_HALF:
-                args, kwargs = _mapped(self.meter.to_half, args, kwargs)
+                args, kwargs = tree_map_only(Tensor, self.meter.to_half, (args, kwargs))
             elif name in _IN_FLOAT:
-                args, kwargs = _mapped(_to_float, args, kwargs)
+                args, kwargs = tree_map_only(Tensor, _to_float, (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
-        if self.meter.half:
-            query, key, value = (self.meter.to_half(tensor) for tensor in (query, key, value))
         return _FusedAttention.apply(self.meter, query, key, value)
-
-
-def _mapped(function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    def one(value):
-        return function(value) if isinstance(value, Tensor) else value
-
-    return tuple(map(one, args)), {name: one(value) for name, value in kwargs.items()}
 
 
 def _to_float(tensor: Tensor) -> Tensor:

@@ -1,21 +1,20 @@
-"""From a training config to what the run would need, without data, weights or a GPU.
+"""From a YAML to what a run would need, without data, weights or a GPU.
 
-One step of the run is measured on the meta device, with two images and with three; the rest is arithmetic.
+One step is measured on the meta device, with two images and with three; the rest is arithmetic.
 """
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.checkpoints.originals.original_yaml import read_tree
-from ldm.checkpoints.trust import is_run_config
-from ldm.planning.bare_networks import network_work, read_network
+from ldm.planning.bare_networks import work_of_network
 from ldm.planning.meter import Cost, Meter
-from ldm.planning.work import PlanRequest, Work, work_of_run
+from ldm.planning.work import Work, work_of_run
 
 GIB = 2**30
 FLOAT = 4  # bytes
@@ -24,30 +23,46 @@ CONTEXT_BYTES, GAPS = 0.7 * GIB, 1.05
 _MOST = 2**20  # images in a batch
 
 
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked for.
+
+    size: of the images in pixels, None for the config's. classes: how many, where the data would be asked;
+    None for what is known of an embedded data set, else 1000.
+    memory: of one GPU in GiB. tflops: its peak in 1e12 FLOPs a second, of which `utilisation` is reached.
+    depth: of the table of layers, None for what suits the network.
+    """
+
+    size: int | None = None
+    classes: int | None = None
+    memory: float = 24.0
+    tflops: float = 165.0
+    utilisation: float = 0.4
+    depth: int | None = None
+
+
 @dataclass
 class Plan:
-    """The result; `ldm.planning.report` writes it out."""
+    """The result; `ldm.planning.report` writes it out. `cost` is that of one image."""
 
-    run: Any
     request: PlanRequest
     work: Work
-    cost: Cost  # of one image
+    cost: Cost
     memory: "Memory"
-    half: bool
 
     @property
     def part_size(self) -> int:
         """Images that one GPU works through at once."""
-        training = self.run.training
+        training = self.work.training
         return max(1, training.batch_size // (training.accumulate * self.gpus))
 
     @property
     def gpus(self) -> int:
-        return 1 if self.run.training.devices == "auto" else self.run.training.devices
+        return 1 if self.work.training.devices == "auto" else self.work.training.devices
 
     @property
     def images(self) -> int:
-        return self.run.training.steps * self.run.training.batch_size
+        return self.work.training.steps * self.work.training.batch_size
 
     @property
     def hours(self) -> float:
@@ -56,7 +71,6 @@ class Plan:
 
     @property
     def largest(self) -> int:
-        """Images at once that the GPU's memory holds; 0 for none."""
         return self.memory.largest(self.request.memory * GIB)
 
 
@@ -64,8 +78,8 @@ class Plan:
 class Memory:
     """Bytes on a GPU, as a function of the images that it works through at once.
 
-    Every operation of the step leaves a number of bytes alive that is linear in the batch, so two
-    measurements give the peak at any batch. (A batch of one is not among them: its reshapes copy less.)
+    After every operation of the step, what is alive is linear in the batch, so two measurements give the peak
+    at any batch. (A batch of one is not among them: its reshapes copy less.)
     """
 
     weights: int
@@ -86,13 +100,8 @@ class Memory:
         return (self.resident + self.step(batch)) * GAPS + CONTEXT_BYTES
 
     def largest(self, memory: float) -> int:
-        if self.total(1) > memory:
-            return 0
-        low, high = 1, _MOST
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.total(middle) <= memory else (low, middle)
-        return low
+        """Images at once that so many bytes hold; 0 for none."""
+        return bisect.bisect_right(range(1, _MOST), memory, key=self.total)
 
 
 def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | None = None) -> Plan:
@@ -102,28 +111,24 @@ def make_plan(path: Path, overrides: Iterable[str] = (), request: PlanRequest | 
         ValueError: mistakes in the config; something that cannot be planned without the data.
     """
     request = request or PlanRequest()
-    if path.is_file() and not is_run_config(path) and _has_model(path):
-        model, node, run = read_network(path, overrides)
-        work = network_work(model, node, run, request)
+    tree = read_tree(path)[0] if path.is_file() else {}
+    if {"task", "base"}.isdisjoint(tree) and not {"target", "model"}.isdisjoint(tree):
+        work = work_of_network(path, overrides, request.size)
     else:
-        run, work = work_of_run(path, overrides, request)
-    half = run.training.precision != "32"
-    if run.training.accumulate > 1:  # the gradients of the parts before are there already
+        work = work_of_run(path, overrides, request.size, request.classes)
+    if work.training.accumulate > 1:  # the gradients of the parts before are there already
         for parameter in work.trained:
             parameter.grad = torch.empty_like(parameter)
-    depth = work.depth if request.depth is None else request.depth
-    costs = [measure(work, batch, half, depth) for batch in (2, 3)]
-    return Plan(run, request, work, _of_one_image(*costs), _memory(run, work, *costs), half)
+    depth = request.depth
+    if depth is None:
+        depth = 2 if hasattr(work.network, "decode_latent") else 1
+    costs = [_measure(work, batch, depth) for batch in (2, 3)]
+    return Plan(request, work, _of_one_image(*costs), _memory(work, *costs))
 
 
-def _has_model(path: Path) -> bool:
-    tree, _ = read_tree(path)
-    return "target" in tree or "model" in tree
-
-
-def measure(work: Work, batch: int, half: bool, depth: int) -> Cost:
+def _measure(work: Work, batch: int, depth: int) -> Cost:
     """What a step of `batch` images costs."""
-    meter = Meter(work.networks, work.parts.values(), depth, half)
+    meter = Meter(work.network, work.parts.values(), depth, work.training.precision != "32")
     before = [parameter.grad for parameter in work.trained]
     with meter.running():
         work.step(meter, batch)
@@ -140,16 +145,16 @@ def _of_one_image(two: Cost, three: Cost) -> Cost:
     return Cost(three.flops - two.flops, layers)
 
 
-def _memory(run, work: Work, two: Cost, three: Cost) -> Memory:
+def _memory(work: Work, two: Cost, three: Cost) -> Memory:
+    training = work.training
     trained = sum(p.numel() for p in work.trained)
-    averaged = sum(p.numel() for p in work.averaged) if run.training.ema is not None else 0
+    averaged = sum(p.numel() for p in work.averaged) if training.ema is not None else 0
     weights = {id(t): t for part in work.parts.values() for t in (*part.parameters(), *part.buffers())}
     # The gradients of the parts before, and those that processes exchange.
-    several = run.training.devices not in (1, "auto")
-    gradients = trained * FLOAT * ((run.training.accumulate > 1) + several)
-    live = [two.live, three.live]
-    if len(two.live) != len(three.live):  # the step depends on the batch: go by the peaks alone
-        live = [[two.peak], [three.peak]]
+    several = training.devices not in (1, "auto")
+    gradients = trained * FLOAT * ((training.accumulate > 1) + several)
+    same = len(two.live) == len(three.live)  # else the step depends on the batch: go by the peaks alone
+    live = [cost.live if same else [cost.peak] for cost in (two, three)]
     return Memory(
         sum(t.numel() * t.element_size() for t in weights.values()),
         2 * trained * FLOAT,

@@ -2,71 +2,57 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from ldm.planning.meter import Layer
 from ldm.planning.planned import GIB, Plan
+from ldm.wording import counted
 
 MIB = 2**20
 
 
 def report(plan: Plan) -> str:
     """The whole plan: what it is, what it costs, whether it fits, how long it takes."""
-    sections = [
-        [f"{plan.run.task} {plan.run.name!r}: {plan.work.shape}", *(f"note: {n}" for n in plan.work.notes)],
-        _parameters(plan),
-        _layers(plan),
-        _compute(plan),
-        _memory(plan),
-        _time(plan),
-    ]
+    title = [plan.work.title, *(f"note: {note}" for note in plan.work.notes)]
+    sections = [title, *(section(plan) for section in (_parameters, _layers, _compute, _memory, _time))]
     return "\n\n".join("\n".join(section) for section in sections)
 
 
 def _parameters(plan: Plan) -> list[str]:
     trained = {id(p) for p in plan.work.trained}
-    rows, together = [], [0, 0]
+    counts = {}
     for name, part in plan.work.parts.items():
-        counts = [sum(p.numel() for p in part.parameters())]
-        counts.append(sum(p.numel() for p in part.parameters() if id(p) in trained))
-        together = [a + b for a, b in zip(together, counts, strict=True)]
-        rows.append([name.replace("_", " "), *map(_millions, counts)])
-    if len(rows) > 1:
-        rows.append(["together", *map(_millions, together)])
+        sizes = {id(p): p.numel() for p in part.parameters()}
+        counts[name] = sum(sizes.values()), sum(sizes[p] for p in sizes.keys() & trained)
+    if len(counts) > 1:
+        counts["together"] = tuple(map(sum, zip(*counts.values(), strict=True)))
+    rows = [[name.replace("_", " "), *map(_millions, both)] for name, both in counts.items()]
     return _table(["parameters", "millions", "trained"], rows)
 
 
 def _layers(plan: Plan) -> list[str]:
     rows = []
-    for name, count, layer in merged(plan.cost.layers):
+    for name, layer in merged(plan.cost.layers):
         shape = "x".join(map(str, layer.shape[1:])) if layer.shape else ""
-        rows.append(
-            [
-                f"{name}, {count} alike" if count > 1 else name or "(between them)",
-                shape,
-                _millions(layer.parameters),
-                _giga(layer.flops),
-                f"{layer.saved / MIB:,.2f}",
-            ]
-        )
-    rows.append(["together", "", "", _giga(plan.cost.forward), f"{plan.cost.saved / MIB:,.2f}"])
+        numbers = [_millions(layer.parameters), _giga(layer.flops), _mib(layer.saved)]
+        rows.append([name or "(between them)", shape, *numbers])
+    rows.append(["together", "", "", _giga(plan.cost.forward), _mib(plan.cost.saved)])
     head = ["forward, one image", "output", "millions", "GFLOPs", "kept MiB"]
     return _table(head, rows, text_columns=2)
 
 
-def merged(layers: Iterable[Layer]) -> list[tuple[str, int, Layer]]:
-    """(name, how many, their sum) with neighbours that differ in their number alone as one row.
+def merged(layers: Iterable[Layer]) -> list[tuple[str, Layer]]:
+    """(name, sum) with neighbours that differ in their number alone as one row.
 
-    `blocks.0`, `blocks.1`, ... become `blocks.0-27`; a row without a cost is left out.
+    `blocks.0`, `blocks.1`, ... become `blocks.0-27, 28 alike`; a row without a cost is left out.
     """
     rows: list[list[Layer]] = []
     for layer in layers:
-        if not (layer.flops or layer.saved or layer.parameters):
-            continue
         if rows and _alike(rows[-1][-1], layer):
             rows[-1].append(layer)
-        else:
+        elif layer.parameters or layer.flops or layer.saved:
             rows.append([layer])
-    return [(_joint_name(row), len(row), _sum(row)) for row in rows]
+    return [(_joint_name(row), _sum(row)) for row in rows]
 
 
 def _alike(a: Layer, b: Layer) -> bool:
@@ -79,13 +65,12 @@ def _alike(a: Layer, b: Layer) -> bool:
 
 def _joint_name(row: list[Layer]) -> str:
     last = re.search(r"\d+$", row[-1].name)
-    return row[0].name if len(row) == 1 else f"{row[0].name}-{last[0]}"
+    return row[0].name if len(row) == 1 else f"{row[0].name}-{last[0]}, {len(row)} alike"
 
 
 def _sum(row: list[Layer]) -> Layer:
-    first = row[0]
     totals = {name: sum(getattr(layer, name) for layer in row) for name in ("parameters", "flops", "saved")}
-    return Layer(first.name, **totals, shape=first.shape)
+    return replace(row[0], **totals)
 
 
 def _compute(plan: Plan) -> list[str]:
@@ -102,12 +87,12 @@ def _memory(plan: Plan) -> list[str]:
         ["weights", _gib(memory.weights)],
         ["AdamW's two moments", _gib(memory.optimizer)],
         ["moving average of the weights", _gib(memory.average)],
-        [f"gradients, activations of {_count(size, 'image')}", _gib(memory.step(size))],
+        [f"gradients, activations of {counted(size, 'image')}", _gib(memory.step(size))],
         ["  of which another image needs", _gib(an_image)],
         ["context of the driver, gaps (5%)", _gib(memory.total(size) - memory.resident - memory.step(size))],
-        [f"together at {_count(size, 'image')} at once", _gib(memory.total(size))],
+        [f"together at {counted(size, 'image')} at once", _gib(memory.total(size))],
     ]
-    precision = "bf16 autocast over float32 weights" if plan.half else "float32"
+    precision = "float32" if plan.work.training.precision == "32" else "bf16 autocast over float32 weights"
     return [*_table([f"memory of a GPU ({precision})", "GiB"], rows), *_fit(plan)]
 
 
@@ -116,20 +101,20 @@ def _fit(plan: Plan) -> list[str]:
     most, room = plan.largest, f"{plan.request.memory:g} GiB"
     if most == 0:
         return [f"{room} do not hold a single image"]
-    text = f"largest batch at once in {room}: {_count(most, 'image')}"
-    share = plan.run.training.batch_size // plan.gpus
+    text = f"largest batch at once in {room}: {counted(most, 'image')}"
+    share = plan.work.training.batch_size // plan.gpus
     if most >= plan.part_size or share < 1:
         return [text]
     parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= most)
-    return [f"{text}; training.accumulate={parts} fits the batch of {plan.run.training.batch_size} in"]
+    return [f"{text}; training.accumulate={parts} fits the batch of {plan.work.training.batch_size} in"]
 
 
 def _time(plan: Plan) -> list[str]:
-    run, request = plan.run.training, plan.request
+    run, request = plan.work.training, plan.request
     return [
         f"time: {run.steps:,} steps x {run.batch_size:,} images x {_giga(plan.cost.flops)} GFLOPs = "
         f"{plan.images * plan.cost.flops / 1e18:,.3g} EFLOPs",
-        f"at {request.utilisation:.0%} of {request.tflops:g} TFLOP/s on {_count(plan.gpus, 'GPU')}: "
+        f"at {request.utilisation:.0%} of {request.tflops:g} TFLOP/s on {counted(plan.gpus, 'GPU')}: "
         f"{_duration(plan.hours)}",
     ]
 
@@ -140,10 +125,6 @@ def _duration(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:.1f} minutes"
     return f"{hours:,.1f} hours" + (f" ({hours / 24:,.1f} days)" if hours > 48 else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def _millions(count: float) -> str:
@@ -159,17 +140,17 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.2f}"
 
 
+def _mib(size: float) -> str:
+    return f"{size / MIB:,.2f}"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
     """Lines of columns: the first ones to the left, numbers to the right."""
-    every = [list(head), *map(list, rows)]
-    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(width) if i < text_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    rule = "-" * len(line([w * "-" for w in widths]))
-    return [line(head), rule, *map(line, rows)]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    sides = "<" * text_columns + ">" * (len(widths) - text_columns)
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        for row in (head, *rows)
+    ]
+    rule = "-" * len(lines[0])
+    return [line.rstrip() for line in (lines[0], rule, *lines[1:])]

@@ -13,8 +13,7 @@ from ldm.sampling.latents import count_of, sample, settled
 from ldm.sampling.section import Sampling
 
 # What a group of images may cost the network, in parameters times positions of the latent (about as many
-# multiplications), and how many there are at most: enough to keep small networks busy, one image for large
-# ones.
+# multiplications), and how many there are at most.
 _GROUP_COST, _GROUP_MOST = 4e9, 16
 
 
@@ -40,9 +39,8 @@ def draw(
             the indices of some images that makes theirs. None for an unconditional model.
         settings, asked: as `sample`'s: sampler, steps, guidance, spacing, shift and options of the sampler.
         batch_size: images at a time. It changes pixels by rounding at most, and nothing if `exact`.
-        exact: compute in groups of `group_size`, the last one filled up with images that are thrown away:
-            image i then always has place i mod G in a batch of G, and goes through the same arithmetic.
-            None is True on the CPU.
+        exact: compute in groups of `group_size`, the last one filled up with images that are thrown away, so
+            that image i always goes through the same arithmetic. None is True on the CPU.
         progress: called with (images drawn, n) after each batch; True shows a bar.
 
     Raises:
@@ -59,33 +57,36 @@ def draw(
     settings.sigmas(model)  # what the schedule refuses is told now, not in the first batch
     exact = model.device.type == "cpu" if exact is None else exact
     size = group_size(model) if exact else batch_size
-    return _batches(model, n, conditions, seed, settings, size, exact, _reporter(progress, n))
+
+    def batches() -> Iterator[Tensor]:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=n, desc="sampling", unit="image", disable=progress is not True) as bar:
+            for start in range(0, n, size):
+                kept = min(size, n - start)
+                computed = size if exact else kept
+                with held_in_memory(computed), torch.no_grad():
+                    indices = [min(start + i, n - 1) for i in range(computed)]
+                    cond = _embedded(model, conditions, indices)
+                    z = sample(model, computed, cond, seed=seed, first_index=start, settings=settings)
+                    images = model.to_image(z)[:kept].float().cpu()
+                if not images.isfinite().all():
+                    raise ValueError(
+                        f"images {start} to {start + kept - 1} are not finite: the model diverged in "
+                        "training, or needs float32"
+                    )
+                bar.update(kept)
+                if callable(progress):
+                    progress(start + kept, n)
+                yield images
+
+    return batches()
 
 
-def _batches(
-    model: LatentDiffusion, n: int, conditions, seed: int, settings: Sampling, size: int, exact: bool, report
-) -> Iterator[Tensor]:
-    for start in range(0, n, size):
-        kept = min(size, n - start)
-        computed = size if exact else kept
-        with held_in_memory(computed), torch.no_grad():
-            cond = None
-            if conditions is not None:
-                indices = [min(start + i, n - 1) for i in range(computed)]
-                cond = model.conditioner(_taken(conditions, indices, model.device))
-            z = sample(model, computed, cond, seed=seed, first_index=start, settings=settings)
-            images = model.to_image(z)[:kept].float().cpu()
-        if not images.isfinite().all():
-            raise ValueError(
-                f"images {start} to {start + kept - 1} are not finite: the model diverged in training, or "
-                "needs float32"
-            )
-        report(start + kept, n)
-        yield images
-
-
-def _taken(conditions, indices: list[int], device: torch.device) -> dict[str, Any]:
-    """What the conditioner reads for these images, on the device."""
+def _embedded(model: LatentDiffusion, conditions, indices: list[int]) -> dict[str, Tensor] | None:
+    """What the conditioner makes of the conditions of these images, on the model's device."""
+    if conditions is None:
+        return None
     if callable(conditions):
         batch = conditions(indices)
     else:
@@ -93,18 +94,7 @@ def _taken(conditions, indices: list[int], device: torch.device) -> dict[str, An
             name: values[indices] if torch.is_tensor(values) else [values[i] for i in indices]
             for name, values in conditions.items()
         }
-    return {name: v.to(device) if torch.is_tensor(v) else v for name, v in batch.items()}
-
-
-def _reporter(progress: Callable[[int, int], None] | bool, n: int) -> Callable[[int, int], None]:
-    if not progress:
-        return lambda done, count: None
-    if progress is not True:
-        return progress
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=n, desc="sampling", unit="image")
-    return lambda done, count: bar.update(done - bar.n)
+    return model.conditioner({k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()})
 
 
 @contextmanager

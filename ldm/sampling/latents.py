@@ -1,5 +1,6 @@
 """From conditions to latents."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -42,16 +43,15 @@ def sample(
 
     Args:
         n: number of samples; taken from `noise` or `cond` where not given.
-        cond, uncond: conditions as `model.conditioner` makes them, with and without what guides. Where
-            guidance is asked for and `uncond` is not given, the conditioner's own absent condition is used.
-        sampler, steps, guidance, spacing, shift, options: fields of `Sampling` and the sampler's own options;
-            None leaves one to the model, see `Sampling.of`. A learned variance is used by ddpm unless its
-            `variance` says otherwise.
-        settings: all of these at once.
+        cond, uncond: conditions as `model.conditioner` makes them, with and without what guides; `uncond` is
+            the conditioner's own absent condition where guidance needs it and it is not given.
+        sampler, steps, guidance, spacing, shift, options: fields of `Sampling` and the sampler's own options,
+            or `settings`, all at once; None leaves one to the model, see `Sampling.of`. ddpm uses a learned
+            variance unless its `variance` says otherwise.
         noise: starting noise (n, c, h, w) in place of the seed's.
         interval: (low, high), guide where low < sigma <= high only.
-        steer: makes another denoise function of this one, which the sampler then follows; for guidance by a
-            classifier `lambda denoise: ClassifierGuidance(denoise, classifier, labels, ...)`.
+        steer: makes another denoise function of this one, which the sampler then follows, such as
+            `lambda denoise: ClassifierGuidance(denoise, classifier, labels, ...)`.
         latent_shape: (c, h, w) where it differs from the model's own.
         sigmas: the steps outright, in place of steps, spacing and shift.
         callback: `callback(i, x, x0, sigma)` in every step.
@@ -82,11 +82,20 @@ def sample(
     denoise = model.denoise_fn(cond, uncond, settings.guidance, interval)
     denoise = denoise if steer is None else steer(denoise)
     sigmas = settings.sigmas(model) if sigmas is None else sigmas
-    noises = _Noises(seed, first_index, n, shape, device)
-    x = noises.start() if noise is None else noise.to(device)
+    # Drawn on the CPU where the device lacks float64.
+    where = "cpu" if device.type == "mps" else device
+    positions, calls = torch.arange(first_index, first_index + n, device=where), itertools.count(1)
+
+    def drawn(stream: str) -> Tensor:
+        return normal(seed, stream, positions, shape).to(device)
+
+    x = drawn("sample") if noise is None else noise.to(device)
     x = model.denoiser.schedule.start(x, sigmas[0])
-    function = find_sampler(settings.sampler)
-    x = function(denoise, x, sigmas, noise_fn=noises, callback=callback, **options)
+    options |= {
+        "noise_fn": lambda sigma, sigma_next: drawn(f"sample-step-{next(calls)}"),
+        "callback": callback,
+    }
+    x = find_sampler(settings.sampler)(denoise, x, sigmas, **options)
     return x * model.denoiser.schedule.scale(sigmas[-1]).to(x.device, x.dtype)
 
 
@@ -110,31 +119,11 @@ def count_of(n: int | None, values: Mapping[str, Any] | None, noise: Tensor | No
     Raises:
         ValueError: they do not, none of them says it, or it is below 1.
     """
-    counts = {len(v) for v in (values or {}).values()} | ({len(noise)} if noise is not None else set())
-    counts |= {n} if n is not None else set()
+    counts = {len(v) for v in (*(values or {}).values(), noise) if v is not None} | ({n} - {None})
     if len(counts) != 1:
-        raise ValueError(
-            f"how many samples? n, noise and conditions must agree, got {sorted(counts) or 'none of them'}"
-        )
+        found = sorted(counts) or "none of them"
+        raise ValueError(f"how many samples? n, noise and conditions must agree, got {found}")
     (count,) = counts
     if count < 1:
         raise ValueError(f"n must be at least 1, got {count}")
     return count
-
-
-class _Noises:
-    """The starting noise and, call by call, the noise of the steps of `n` images."""
-
-    def __init__(self, seed: int, first_index: int, n: int, shape: tuple[int, ...], device: torch.device):
-        self.seed, self.shape, self.device = seed, shape, device
-        # Drawn on the CPU where the device lacks float64.
-        where = "cpu" if device.type == "mps" else device
-        self.positions = torch.arange(first_index, first_index + n, device=where)
-        self.drawn = 0
-
-    def start(self) -> Tensor:
-        return normal(self.seed, "sample", self.positions, self.shape).to(self.device)
-
-    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        self.drawn += 1
-        return normal(self.seed, f"sample-step-{self.drawn}", self.positions, self.shape).to(self.device)

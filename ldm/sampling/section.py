@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 class Sampling:
     """How a model is sampled: the section `sampling:` of a config, a model's own defaults, a request.
 
-    sampler: a name in `ldm.diffusion.samplers.SAMPLERS`, or the dotted path of a function of yours with the
-        contract of that module.
+    sampler: a name in `ldm.diffusion.samplers.SAMPLERS`, or the dotted path of a function like those.
     steps: steps of the sampler; heun, and the first step of plms, call the network twice.
     guidance: classifier-free guidance; 1 is none, 0 the unconditional model.
     spacing: how the steps are spaced, see the schedule's `sigmas`; None is what the model was published with
@@ -70,7 +69,9 @@ class Sampling:
         if sampler not in (None, own.get("sampler", cls.sampler)):
             own = {name: own[name] for name in own if name not in ("sampler", "spacing", "options", "eta")}
         elif sampler is None:
-            _refuse_foreign(own.get("sampler"), getattr(model, "trusted", ()))
+            named = str(own.get("sampler"))
+            if "." in named and named not in getattr(model, "trusted", ()):
+                raise ValueError(f"the model's own sampler {named} is code outside ldm: name it yourself")
         if not model.conditioner.keys:
             own["guidance"] = 1.0
         settings = check_section(own, cls, "sampling")
@@ -100,6 +101,7 @@ class Sampling:
 
 
 _FIELDS = {f.name for f in fields(Sampling)} - {"sampler", "options"}
+_HANDED_IN = {"noise_fn", "callback"}
 
 
 def find_sampler(name: str) -> Callable:
@@ -119,7 +121,7 @@ def find_sampler(name: str) -> Callable:
         raise ValueError(f"sampler {name!r} is unknown; there are {known}" + did_you_mean(name, SAMPLERS))
     found = signatures.resolve_target(name, allow_foreign=True)
     accepted = signatures.parameters(found)
-    if accepted is not None and not {"noise_fn", "callback"} <= accepted.keys():
+    if accepted is not None and not accepted.keys() >= _HANDED_IN:
         raise ValueError(f"sampler {name} must take (denoise, x, sigmas, *, noise_fn, callback, ...)")
     return found
 
@@ -129,8 +131,7 @@ def _own_options(sampler: Callable) -> dict[str, inspect.Parameter] | None:
     accepted = signatures.parameters(sampler)
     if accepted is None:
         return None
-    handed_in = ("noise_fn", "callback")
-    return {n: p for n, p in accepted.items() if p.kind is p.KEYWORD_ONLY and n not in handed_in}
+    return {n: p for n, p in accepted.items() if p.kind is p.KEYWORD_ONLY and n not in _HANDED_IN}
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:
@@ -153,11 +154,3 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
         # The ranges are the sampler's to say: one step on a single number, from noise to nothing, asks it.
         x, sigmas = torch.zeros(1, 1, 1, 1), torch.tensor([1.0, 0.0], dtype=torch.float64)
         sampler(lambda x, sigma: x, x, sigmas, noise_fn=lambda *_: x, **options)
-
-
-def _refuse_foreign(sampler: Any, trusted: Collection[str]) -> None:
-    if isinstance(sampler, str) and "." in sampler and sampler not in trusted:
-        raise ValueError(
-            f"the model's own sampler {sampler} is code outside ldm, which runs only where you name it: as "
-            "sampler, or in the YAML that you give with the model"
-        )

@@ -12,10 +12,9 @@ _KARRAS_BELOW = 200.0
 def default_spacing(schedule, sampler: str) -> str | None:
     """How the steps of a sampler are spaced where nobody says; None for a schedule with one spacing.
 
-    Over discrete timesteps, `linspace`: as many steps as asked for, from the last timestep to the first, then
-    to 0 (k-diffusion; improved-diffusion's respacing rounds the same times). `dpmpp_2m` extrapolates over
-    ln(sigma), in which the last of these steps is far too long: it takes `karras`, or `trailing` where sigma
-    starts too high.
+    Over discrete timesteps, `linspace` (k-diffusion; improved-diffusion's respacing rounds the same times).
+    `dpmpp_2m` extrapolates over ln(sigma), in which the last of these steps is far too long: it takes
+    `karras`, or `trailing` where sigma starts too high.
     """
     if not isinstance(schedule, DiscreteSchedule):
         return None
@@ -40,9 +39,7 @@ def sampling_sigmas(
     options = {"spacing": spacing} if spacing else {}
     if shift is not None:
         if not isinstance(denoiser.schedule, FlowSchedule):
-            raise ValueError(
-                f"shift {shift:g} belongs to flow models (FlowSchedule); this one has a "
-                f"{type(denoiser.schedule).__name__}, whose steps `spacing` places"
-            )
+            name = type(denoiser.schedule).__name__
+            raise ValueError(f"shift {shift:g} belongs to flow models (FlowSchedule), not to a {name}")
         options["shift"] = shift
     return denoiser.schedule.sigmas(steps, **options)

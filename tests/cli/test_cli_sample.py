@@ -681,7 +681,7 @@ def test_names_of_classes_that_are_unknown(runs):
 def test_other_conditions_are_not_guessed(runs):
     model = ldm.load(runs / "flow")
     model.conditioner.embedders[0].key = "caption"
-    with pytest.raises(ValueError, match="conditioned on caption; this command knows classes and images"):
+    with pytest.raises(ValueError, match="this model reads caption, which no words can give"):
         choose(model, 2)
 
 

@@ -502,7 +502,7 @@ def test_images_are_those_of_training(models, photos):
     wanted = choose(ldm.load(models / "image"), 1, None, photos)
     assert [wanted.pictures.path(i) for i in range(5)] == [dataset.path(i) for i in range(5)]
     expected = torch.stack([dataset[i]["image"] for i in range(5)])
-    assert torch.equal(wanted.images(range(5)), expected)
+    assert torch.equal(wanted.batch(range(5))["image"], expected)
     grey = Pictures(*find_images(photos), SIZE, 1)
     assert grey.pixels(0).shape == (1, SIZE, SIZE)
 
@@ -518,7 +518,7 @@ def test_the_model_sees_these_images(models, photos, options):
     assert len(given) > 1
     labels, shown = (torch.cat([batch[key] for batch in given])[:18] for key in ("label", "image"))
     assert labels.tolist() == [2, 2, 2, 0, 0, 0] * 3
-    each = wanted.images([0, 6, 12])
+    each = wanted.batch([0, 6, 12])["image"]
     assert torch.equal(shown, each.repeat_interleave(6, dim=0))
     assert not torch.equal(each[0], each[1])
 
@@ -528,12 +528,8 @@ def test_the_model_sees_these_images(models, photos, options):
     [
         ("image", (), "draws variations of images: give --image PATH, an image or a folder of images"),
         ("both", ("--classes", "cat"), "give --image PATH"),
-        (
-            "classes",
-            ("--image", "photos"),
-            "conditioned on classes: see --classes, not on images",
-        ),
-        ("nothing", ("--image", "photos"), "this model is conditioned on nothing, not on images"),
+        ("classes", ("--image", "photos"), r"--image was given, but this model reads label \(--classes\)"),
+        ("nothing", ("--image", "photos"), "--image was given, but this model reads nothing"),
         ("image", ("--image", "photos", "--classes", "cat"), "this model is not conditioned on classes"),
         ("both", ("--image", "photos", "--classes", "cta"), "Did you mean 'cat'"),
         ("image", ("--image", "photso"), "photso does not exist; did you mean .*photos"),
@@ -561,10 +557,12 @@ def test_models_that_the_command_does_not_know(models, photos):
     with pytest.raises(ValueError, match="cut to squares, but this model is of 32x16 pixels"):
         choose(model, 1, None, photos)
     model.conditioner.embedders[0].kind = "concat"  # an image to complete, say
-    with pytest.raises(ValueError, match="conditioned on image, label; this command knows classes and"):
+    with pytest.raises(
+        ValueError, match="this model reads image, which no words can give: draw with ldm.draw"
+    ):
         choose(model, 1, None, photos)
     model.conditioner.embedders[0].key = "caption"
-    with pytest.raises(ValueError, match="conditioned on caption, label; this command"):
+    with pytest.raises(ValueError, match="this model reads caption, which no words can give"):
         choose(model, 1)
 
 

@@ -81,7 +81,7 @@ def metered(
     with torch.device("meta"):
         network = build()
     assert all(p.is_meta for p in network.parameters())
-    meter = Meter({"": network}, [network], depth, half)
+    meter = Meter(network, [network], depth, half)
     given = inputs(shapes, batch, "meta", gradients)
     with meter.running():
         meter.backward(first_tensor(network(*given)).float().square().mean())
@@ -124,7 +124,7 @@ def test_a_convolution_costs_as_much_again_for_each_gradient(name):
 
 def test_attention_counts_as_a_fused_kernel_of_torch():
     shape_q, shape_k, shape_v = (2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6)
-    meter = Meter({}, [])
+    meter = Meter(nn.Identity(), [])
     with meter.running():
         q, k, v = (
             torch.empty(shape, device="meta", requires_grad=True) for shape in (shape_q, shape_k, shape_v)
@@ -255,7 +255,7 @@ def test_bytes_are_linear_in_the_batch_at_every_operation():
 def test_nothing_is_left_behind():
     with torch.device("meta"):
         network = nn.Linear(3, 3)
-    meter = Meter({"": network}, [network])
+    meter = Meter(network, [network])
     with meter.running():
         meter.backward(network(torch.empty(2, 3, device="meta")).sum())
     flops = meter.cost.flops

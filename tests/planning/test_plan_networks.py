@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.checkpoints.originals.original_yaml import read_original
 from ldm.checkpoints.originals.published import translate
 from ldm.config import ConfigError, instantiate
-from ldm.planning.planned import GIB, make_plan
+from ldm.planning.planned import GIB, PlanRequest, make_plan
 from ldm.planning.report import report
-from ldm.planning.work import PlanRequest
 
 ROOT = Path(__file__).parents[2]
 TIMES = torch.tensor([3.0])
@@ -80,11 +79,11 @@ def test_a_whole_published_model():
     path = REFERENCE / "compvis-ldm-class" / "config.yaml"
     plan = make_plan(path)
     assert list(plan.work.parts) == ["network", "conditioner", "first stage"]
-    assert "input of the network 3x8x8" in plan.work.shape
+    assert "input of the network 3x8x8" in plan.work.title
     assert {id(p) for p in plan.work.trained} == {id(p) for p in plan.work.parts["network"].parameters()}
     assert not any(p.requires_grad for p in plan.work.parts["conditioner"].parameters())
     larger = make_plan(path, [], PlanRequest(size=32))
-    assert "input of the network 3x16x16" in larger.work.shape and larger.cost.forward > 3 * plan.cost.forward
+    assert "input of the network 3x16x16" in larger.work.title and larger.cost.forward > 3 * plan.cost.forward
     with pytest.raises(ValueError, match="17x17 pixels are no multiple of the first stage's factor 2"):
         make_plan(path, [], PlanRequest(size=17))
 

@@ -3,13 +3,14 @@
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images.pixels import BadImageError, cut_square, read_image, square_box, to_pixels
+from ldm.data.images.pixels import cut_square, read_image, square_box, to_pixels
 from ldm.data.images.scan import scan_folder
 from ldm.data.loading.loader import make_loader
 from ldm.data.loading.order import SequentialBatches
@@ -37,17 +38,18 @@ def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
     return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
 
 
+@dataclass(eq=False)
 class Pictures(Dataset):
     """Files as training sees them in its plain view: upright, the centre, resized; uint8 (C, size, size).
 
     folder, paths, unreadable: from `find_images`; `batches` adds to the last what it cannot read.
     """
 
-    def __init__(
-        self, folder: Path, paths: list[str], unreadable: list[tuple[str, str]], size: int, channels: int
-    ):
-        self.folder, self.paths, self.unreadable = folder, paths, unreadable
-        self.size, self.channels = size, channels
+    folder: Path
+    paths: list[str]
+    unreadable: list[tuple[str, str]]
+    size: int
+    channels: int
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,7 +58,7 @@ class Pictures(Dataset):
         return os.path.join(self.folder, *self.paths[index].split("/"))
 
     def pixels(self, index: int) -> Tensor:
-        """ValueError (BadImageError, mostly) where the file cannot be read."""
+        """ValueError where the file cannot be read, or has a mode without a defined brightness."""
         decoded = read_image(self.path(index), shrink_to=self.size)
         box = square_box(*decoded.size, self.size, "center", (1.0, 1.0), 0, -1)
         return to_pixels(cut_square(decoded, box, self.size), self.channels)
@@ -65,10 +67,8 @@ class Pictures(Dataset):
         """The image, or the reason why there is none."""
         try:
             return index, self.pixels(index)
-        except BadImageError as error:
+        except ValueError as error:
             return index, str(error).removeprefix(f"{self.path(index)}: ")
-        except ValueError as error:  # a mode without a defined brightness
-            return index, str(error)
 
     def batches(self, size: int, workers: int | None = None) -> Iterator[tuple[list[int], Tensor]]:
         """Of `size` files at a time: the places of those that can be read, and their pixels (B, C, H, W)."""
