@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.tree import ConfigError, leaves, parts_of, to_plain
-from ldm.wording import nearest
+from ldm.wording import did_you_mean, some
 
 _MANDATORY = re.compile(r"\$\{from_run:([^,]*),([^,]*)\}")
 _ALONE = re.compile(r"\$\{from_run:[^:]*\}")
@@ -31,9 +31,9 @@ def from_run(
     kept = _kept(run, _root_, _node_)
     if kept is not None:
         return kept
-    file = None if run is None else Path(run) / "config.yaml"
-    if run is not None and Path(run).suffix in (".yaml", ".yml"):
-        file = Path(run)
+    file = None if run is None else Path(run)
+    if run is not None and file.suffix not in (".yaml", ".yml"):
+        file /= "config.yaml"
     if file is None or not file.is_file():
         if default is not _NONE:
             return default
@@ -75,17 +75,13 @@ def _no_run(run: str | None, key: str, root: Any) -> str:
     path = Path(run)
     if path.is_file():
         return (
-            f"{name} {run} is a file, which does not say what images it was trained on; {give}, or the run "
-            "folder in the file's place"
+            f"{name} {run} is a file, which does not say what images it learned from; {give}, or a run folder"
         )
     around = path if path.is_dir() else path.parent
     runs = sorted(p.name for p in around.glob("*") if (p / "config.yaml").is_file())
-    near = nearest(path.name, runs) or (runs[0] if len(runs) == 1 else None)
-    meant = f"; did you mean {around / near}?" if near else ";"
-    there = f" {around} has {', '.join(runs)}" if runs else f" {give} yourself, or train an autoencoder first"
-    if path.is_dir():
-        return f"{name} {run} is no run folder (it has no config.yaml){meant}{there}"
-    return f"{name} {run} does not exist{meant}{there}"
+    has = f"; {around} has {some(runs)}" if runs else ""
+    why = "is no run folder (it has no config.yaml)" if path.is_dir() else "does not exist"
+    return f"{name} {run} {why}{did_you_mean(path.name, runs, f'{around}/') or has}; {give}, or a run folder"
 
 
 def not_repeated(run: Any, cfg: DictConfig) -> list[str]:

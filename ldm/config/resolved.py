@@ -8,18 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.overrides import override, part_at
-from ldm.config.tree import (
-    ASSUMED,
-    ConfigError,
-    Places,
-    entries,
-    keep_places,
-    leaves,
-    locate,
-    parts_of,
-    reason_of,
-)
+from ldm.config.overrides import assume, override
+from ldm.config.tree import ConfigError, Places, entries, keep_places, leaves, locate, reason_of
 from ldm.config.yaml_files import parse, read
 
 
@@ -57,7 +47,7 @@ def load(
             problems.append(f"override '{text}': {error}")
     if problems:
         raise ConfigError(*problems)
-    _assume(tree, places, assumed or {})
+    assume(tree, places, assumed or {})
     return _resolved(tree, places)
 
 
@@ -73,23 +63,6 @@ def loads(text: str, origin: str = "<text>") -> DictConfig:
     if loose:
         raise ConfigError(*(f"{locate(places, p)}: refers to something outside the text" for p in loose))
     return _resolved(tree, places)
-
-
-def _assume(tree: dict, places: Places, assumed: Mapping[str, Any]) -> None:
-    for path, value in assumed.items():
-        *above, name = parts_of(path)
-        node = part_at(tree, above)
-        present = node.get(name) if isinstance(node, dict) else None
-        if present == "???" or (isinstance(present, str) and "${" in present and _leads_nowhere(tree, path)):
-            node[name], places[path] = value, ASSUMED
-
-
-def _leads_nowhere(tree: dict, path: str) -> bool:
-    try:
-        OmegaConf.select(OmegaConf.create(tree), path)
-    except OmegaConfBaseException:
-        return True
-    return False
 
 
 def _resolved(tree: dict, places: Places) -> DictConfig:
