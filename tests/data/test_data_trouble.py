@@ -338,10 +338,10 @@ def test_a_dead_worker_is_one_sentence(how, method, monkeypatch):
 @pytest.mark.parametrize(
     "said, expected",
     [
-        ("(pid 7) is killed by signal: Killed. ", r"unexpectedly \(killed\)\. .*out of memory"),
+        ("(pid 7) is killed by signal: Killed. ", r"unexpectedly \(killed\): .*out of memory"),
         ("(pid 7) is killed by signal: Bus error. It is possible", "shared memory is full: .*--shm-size"),
-        ("(pid 7) exited unexpectedly with exit code 3. Details", r"unexpectedly\. .*out of memory"),
-        ("(pid(s) 7, 8) exited unexpectedly", r"unexpectedly\. .*out of memory"),
+        ("(pid 7) exited unexpectedly with exit code 3. Details", "unexpectedly: .*out of memory"),
+        ("(pid(s) 7, 8) exited unexpectedly", "unexpectedly: .*out of memory"),
     ],
 )
 def test_a_death_that_is_noticed_elsewhere(said, expected):

@@ -15,6 +15,7 @@ from ldm.data.images.dataset import (
     check_shape,
     fingerprint_of,
     parse_entries,
+    validation_mask,
 )
 from ldm.data.images.pixels import cut_square, normalize_pixels, parse_background, read_image, to_pixels
 from ldm.data.loading.order import flip_mask
@@ -61,17 +62,11 @@ class ArrayDataset(ImageDataset):
         split: str = "all",
     ):
         super().__init__(len(pixels), pixels.shape[-1], pixels.shape[1], flip, validation)
-        self.name = name
-        self.classes = classes
-        self._labels = labels
-        self._pixels = pixels
-        self._keys = StringTable.from_strings(keys)
+        self.name, self.classes, self._labels, self._pixels = name, classes, labels, pixels
+        self._names = StringTable.from_strings(keys)
         self._captions = None if captions is None else StringTable.from_strings(captions)
         if split != "all":
             self.__dict__.update(self.split(split).__dict__)
-
-    def _split_hashes(self) -> np.ndarray:
-        return self._keys.hashes()
 
     def fingerprint(self) -> str:
         captions = [] if self._captions is None else [self._captions.buffer, self._captions.offsets]
@@ -79,9 +74,6 @@ class ArrayDataset(ImageDataset):
         pixels = self._pixels[torch.from_numpy(self.rows)].numpy()
         labels = [] if self._labels is None else [self.labels]
         return fingerprint_of(options, pixels, *labels, *captions)
-
-    def __getitem__(self, entry: Entry) -> dict:
-        return {key: value[0] for key, value in self.__getitems__([entry]).items()}
 
     def __getitems__(self, entries: list[Entry]) -> dict:
         """A whole batch: the DataLoader asks for it by this name."""
@@ -196,17 +188,11 @@ class Emoji(ArrayDataset):
             "Emoji", pixels, labels, classes, _shared_keys(pixels, codes), flip, validation, words, split
         )
 
-    def _split_hashes(self) -> np.ndarray:
-        return super()._split_hashes()[self._is_plain()]
-
-    def _is_plain(self) -> np.ndarray:
-        return self._plain_form == np.arange(len(self._plain_form))
-
     def _part_mask(self, part: str) -> np.ndarray:
-        plain = self._is_plain()
-        mask = np.zeros(len(plain), dtype=bool)
-        mask[plain] = super()._part_mask(part)
-        return mask if part == "validation" else mask[self._plain_form]
+        plain = self._plain_form == np.arange(len(self._plain_form))
+        chosen = np.zeros(len(plain), dtype=bool)
+        chosen[plain] = validation_mask(self._names.hashes()[plain], self.validation)
+        return chosen if part == "validation" else ~chosen[self._plain_form]
 
 
 def _draw(path: Path, size: int, channels: int, background: tuple[int, int, int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.images.pixels import BadImageError, cut_square, read_image, square_box, to_pixels
+from ldm.data.images.pixels import cut_square, read_image, square_box, to_pixels
 from ldm.data.images.scan import scan_folder
 from ldm.data.loading.loader import make_loader
 from ldm.data.loading.order import SequentialBatches
@@ -29,9 +29,8 @@ def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
         hint = did_you_mean(images.name, beside, "" if images.parent == Path() else f"{images.parent}/")
         raise FileNotFoundError(f"{images} does not exist{hint}")
     scan = scan_folder(str(images))
-    unreadable = [(path, "empty file (0 bytes)") for path in scan.empty]
-    unreadable += [(path, "broken link or special file") for path in scan.broken_links]
-    unreadable += [(path, "folder that may not be read") for path in scan.closed_folders]
+    found = scan.unreadable() | {"repeated folder": []}  # which is read, by its other name
+    unreadable = [(path, what) for what, paths in found.items() for path in paths]
     if scan.ignored():
         log.info("%s: %d images; ignored %s", images, len(scan.paths), scan.ignored())
     return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
@@ -56,7 +55,7 @@ class Pictures(Dataset):
         return os.path.join(self.folder, *self.paths[index].split("/"))
 
     def pixels(self, index: int) -> Tensor:
-        """ValueError (BadImageError, mostly) where the file cannot be read."""
+        """uint8 (C, size, size); ValueError (BadImageError, mostly) where the file cannot be read."""
         decoded = read_image(self.path(index), shrink_to=self.size)
         box = square_box(*decoded.size, self.size, "center", (1.0, 1.0), 0, -1)
         return to_pixels(cut_square(decoded, box, self.size), self.channels)
@@ -65,10 +64,8 @@ class Pictures(Dataset):
         """The image, or the reason why there is none."""
         try:
             return index, self.pixels(index)
-        except BadImageError as error:
+        except ValueError as error:  # BadImageError, or a mode without a defined brightness
             return index, str(error).removeprefix(f"{self.path(index)}: ")
-        except ValueError as error:  # a mode without a defined brightness
-            return index, str(error)
 
     def batches(self, size: int, workers: int | None = None) -> Iterator[tuple[list[int], Tensor]]:
         """Of `size` files at a time: the places of those that can be read, and their pixels (B, C, H, W)."""

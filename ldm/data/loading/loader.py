@@ -15,6 +15,7 @@ from ldm.data.loading.workers import (
     LOOK_AFTER,
     MORE,
     SHARED_MEMORY,
+    WITHOUT,
     WorkerSide,
     WorkersLoader,
     as_it_is,
@@ -22,7 +23,6 @@ from ldm.data.loading.workers import (
     megabytes,
     start_worker,
 )
-from ldm.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ _MAX_WORKERS = 8
 _SMALL_TENSORS = 16 << 10  # index, position and label of a batch take a page each
 _IN_HAND = 2  # batches that have arrived and are being copied
 _SHARE = 2  # "auto" takes at most this part of the free shared memory: validation comes beside training
-
 _told: set[str] = set()
 
 
@@ -51,8 +50,7 @@ def worker_count(dataset: Dataset, ranks_on_node: int | None = None) -> int:
 
     None for data that lies in memory: handing it over costs more than making it. Otherwise this rank's share
     of the cores, at most 8: all but one when a GPU does the training, half of them when the cores do.
-
-    `ranks_on_node`: training processes on this machine; None asks LOCAL_WORLD_SIZE, else takes 1.
+    `ranks_on_node` training processes share a machine; None asks LOCAL_WORLD_SIZE, else takes 1.
     """
     if getattr(dataset, "in_memory", False):
         return 0
@@ -67,12 +65,10 @@ def _ranks(ranks_on_node: int | None) -> int:
 
 
 def start_method() -> str | None:
-    """How to start workers: "fork" while that is safe, else "forkserver", the platform's way elsewhere
-    (None).
+    """How to start workers: "fork" while that is safe, else "forkserver"; None (the default) off Linux.
 
     A forked process inherits the locks that other threads hold and a CUDA context it must not touch. The fork
-    server is a clean process that has the imports done, so it starts workers nearly as fast; it needs the
-    main script to be importable (`if __name__ == "__main__":`).
+    server is a clean process; it needs the main script to be importable (`if __name__ == "__main__":`).
     """
     if sys.platform != "linux":
         return None
@@ -87,13 +83,11 @@ def batch_bytes(dataset: Dataset, batch_sampler: Sampler) -> int:
 
 
 def needed_bytes(batch: int, workers: int, prefetch: int) -> int:
-    """Most that is in use at once."""
     return batch * (workers * prefetch + _IN_HAND)
 
 
 def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int) -> int:
-    """At most `workers`, so many that their batches take no more than half of what a process has; says so
-    once where these are fewer."""
+    """At most `workers`, and so few that their batches take no more than half of what a process has."""
     free = free_bytes()
     if not workers or not batch or free is None:
         return workers
@@ -103,7 +97,7 @@ def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int) -> int
         _tell_once(
             "fewer",
             f"{fit} instead of {workers} worker processes read images: all would take up to "
-            f"{megabytes(ranks * needed_bytes(batch, workers, prefetch))} of shared memory, as much again in "
+            f"{megabytes(2 * ranks * needed_bytes(batch, workers, prefetch))} of shared memory with those of "
             f"validation, and {SHARED_MEMORY} has {megabytes(free)} free; {MORE}",
         )
     return fit
@@ -115,9 +109,8 @@ def _warn_unless_fitting(workers: int, batch: int, prefetch: int, ranks: int) ->
     if workers and batch and free is not None and needed > free:
         _tell_once(
             "asked",
-            f"{counted(workers, 'worker process', 'worker processes')} may need {megabytes(needed)} of "
-            f"shared memory, {SHARED_MEMORY} has {megabytes(free)} free, and the run stops without room; "
-            f"training.workers=0 (--workers 0) works without it; {MORE}",
+            f"{workers} worker processes may need {megabytes(needed)} of shared memory, and {SHARED_MEMORY} "
+            f"has {megabytes(free)} free; {WITHOUT}; {MORE}",
         )
 
 
@@ -157,8 +150,7 @@ def make_loader(
         batch_sampler: yields lists of entries, for instance a `PositionSampler`.
         num_workers: worker processes, or "auto" (`worker_count`, as far as shared memory has room).
         pin_memory: page-locked batches for fast copies to a GPU; "auto" when there is one.
-        multiprocessing_context: "fork", "spawn", "forkserver", None (Python's default) or "auto"
-            (`start_method`).
+        multiprocessing_context: Python's names, None (its default) or "auto" (`start_method`).
         prefetch: batches that each worker keeps ready.
         ranks_on_node: training processes on this machine, see `worker_count`.
         collate_fn: makes a batch of a list of samples.
