@@ -86,7 +86,7 @@ def _held_by_one(value: Any, choices: list, annotation: Any) -> tuple[Any, str |
         if (isinstance(value, dict) and meant) or (isinstance(value, list) and _kind(choice) in _SEQUENCES):
             return value, problem
     words = [word for c in choices if _kind(c) is typing.Literal for word in typing.get_args(c)]
-    return value, _expected(annotation, value) + _near_word(value, words)
+    return value, _expected(annotation, value) + did_you_mean(value, words)
 
 
 def _held_word(value: Any, words: Sequence[Any]) -> tuple[Any, str | None]:
@@ -95,11 +95,7 @@ def _held_word(value: Any, words: Sequence[Any]) -> tuple[Any, str | None]:
     if isinstance(value, int | float) and not isinstance(value, bool) and str(value) in words:
         return str(value), None
     allowed = ", ".join(map(repr, words))
-    return value, f"must be one of {allowed}, got {value!r}{_near_word(value, words)}"
-
-
-def _near_word(value: Any, words: Sequence[Any]) -> str:
-    return did_you_mean(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
+    return value, f"must be one of {allowed}, got {value!r}{did_you_mean(value, words)}"
 
 
 def _held_sequence(value: Any, annotation: Any) -> tuple[Any, str | None]:

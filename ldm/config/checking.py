@@ -27,10 +27,9 @@ def check(
     Args:
         config: from `load`, or a part of it, or a plain mapping.
         allow_foreign: also import targets outside `ldm` (only for a YAML that the user named): all, or these.
-        provided: by the dotted path of a part, the parameters that `instantiate` will get from the program
-            and that a YAML may not set. In a path, `*` stands for anything.
-        offered: likewise the parameters that `fill` will put in where the YAML says `auto`, or says nothing
-            and the class has no default of its own. Any other value is held against the signature.
+        provided: by the dotted path of a part (`*` stands for anything), the parameters that `instantiate`
+            will get from the program and that a YAML may not set.
+        offered: likewise the parameters that `fill` will put in where the YAML leaves them open.
 
     Raises:
         ConfigError: every unknown target, unknown or missing parameter and mistyped value, one a line, as
@@ -82,12 +81,9 @@ def _problems(
 
 
 def check_section(section: DictConfig | Mapping | None, kind: type[T], path: str = "") -> T:
-    """A plain section as an instance of its dataclass; nested dataclasses are filled too.
+    """A plain section (a mapping, or None for defaults) as an instance of its dataclass, nested ones too.
 
-    Args:
-        section: a part of a loaded configuration, a mapping, or None for all defaults.
-        kind: the dataclass; its fields are the allowed keys, their annotations the allowed values.
-        path: the section's dotted path, for the messages.
+    The fields of `kind` are the allowed keys, their annotations the allowed values; `path` is for messages.
 
     Raises:
         ConfigError: unknown or missing keys, mistyped values, or what the dataclass itself refuses.
@@ -131,13 +127,11 @@ def instantiate(config: DictConfig | Mapping, /, *, allow_foreign: Trust = False
     """Build what a `target` names from its params, nested targets first; `extra` goes to the outermost only.
 
     Plain mappings and lists among the params are handed over as dict and list, numbers as the signature wants
-    them (see `fitted`). What is built remembers target and params (`ldm.arguments`), so that a model with it
-    can be saved.
+    them (see `fitted`). What is built remembers target and params (`ldm.arguments`).
 
     Raises:
-        ConfigError: not a part, a target that may not be called, or the constructor's own ValueError,
-            TypeError, KeyError, ImportError or OSError with the YAML path in front (the original is its
-            `__cause__`).
+        ConfigError: not a part, a target that may not be called, or from the constructor's own ValueError,
+            TypeError, KeyError, ImportError or OSError, with the YAML path in front.
     """
     path, places, node = path_of(config), places_of(config), to_plain(config)
     if not is_target(node):

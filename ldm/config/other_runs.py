@@ -22,26 +22,24 @@ def from_run(
     """A value from another run's `config.yaml`; in a YAML `${from_run:${first_stage},data.params.root}`.
 
     A run that goes on keeps what it took when it began, whatever became of the other run since. `run` may
-    also be the YAML of a run that has not begun, for those who plan. `default`, a third argument, stands
-    where nothing says the value; without one, that is an error.
+    also be the YAML of a run that has not begun, for those who plan.
 
     Raises:
-        ConfigError: there is no such run, or it does not have the key.
+        ConfigError: there is no such run, or it does not have the key, and there is no `default`.
     """
     kept = _kept(run, _root_, _node_)
     if kept is not None:
         return kept
-    file = None if run is None else Path(run)
-    if run is not None and file.suffix not in (".yaml", ".yml"):
+    file = Path(run or "")
+    if file.suffix not in (".yaml", ".yml"):
         file /= "config.yaml"
-    if file is None or not file.is_file():
-        if default is not _NONE:
-            return default
-        raise ConfigError(_no_run(run, key, _root_))
-    value = OmegaConf.select(OmegaConf.load(file), key)
-    if value is None and default is _NONE:
-        raise ConfigError(f"{file} has no {key}; give {key}=... yourself")
-    return default if value is None else to_plain(value)
+    there = run is not None and file.is_file()
+    value = OmegaConf.select(OmegaConf.load(file), key) if there else None
+    if value is not None:
+        return to_plain(value)
+    if default is _NONE:
+        raise ConfigError(f"{file} has no {key}; give {key}=..." if there else _no_run(run, key, _root_))
+    return default
 
 
 # OmegaConf renamed the function in 2.4.
@@ -53,8 +51,7 @@ def _kept(run: str | None, root: Any, node: Any) -> Any:
     """What the run that is about to go on took for this place of its config; None where none goes on."""
     if not isinstance(root, DictConfig) or not _ALONE.fullmatch(str(node._value())):
         return None
-    name, runs = OmegaConf.select(root, "name"), OmegaConf.select(root, "runs") or "runs"
-    folder = Path(str(runs)) / str(name)
+    folder = Path(str(OmegaConf.select(root, "runs") or "runs"), str(OmegaConf.select(root, "name")))
     if not (folder / "config.yaml").is_file() or not list(folder.glob("checkpoints/step-*.ckpt")):
         return None
     own = OmegaConf.load(folder / "config.yaml")
@@ -85,12 +82,9 @@ def _no_run(run: str | None, key: str, root: Any) -> str:
 
 
 def not_repeated(run: Any, cfg: DictConfig) -> list[str]:
-    """Params of the first stage's data, `on_error=report`, that this run's data set leaves at another value.
-
-    Only for runs over the images that the first stage was trained on.
-    """
-    file = None if run.first_stage is None else Path(run.first_stage) / "config.yaml"
-    if file is None or not file.is_file():
+    """Params such as `on_error=report` of a first stage over the same images that this run's data lacks."""
+    file = Path(run.first_stage or "") / "config.yaml"
+    if run.first_stage is None or not file.is_file():
         return []
     other = OmegaConf.load(file).get("data") or {}
     theirs, ours = other.get("params") or {}, cfg.data.get("params") or {}

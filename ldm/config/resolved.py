@@ -29,11 +29,9 @@ def load(
         overrides: `a.b.c=value`, the value written as in YAML; list items by index (`a.0.b` or `a[0].b`).
             Where a mapping stands, `a.b=other.yaml` takes the same part of another configuration, whole.
         sections: dataclasses of plain sections by their dotted path ("" is the whole); a field that the YAML
-            leaves out may then be overridden too. Keys directly below a target's params may always be given:
-            `check` holds those against the signature, so that loading imports no model code.
+            leaves out may then be overridden too, as keys below a target's params always may (see `check`).
         assumed: by dotted path, values in the place of what is open (`???`) or refers to something that is
-            not there, for those who look at a configuration without running it. `places_of` then says
-            `ASSUMED`.
+            not there, for those who look at a configuration without running it; their place is `ASSUMED`.
 
     Raises:
         ConfigError: no such file, not YAML, a key given twice, an override that fits nothing, an open `???`.
@@ -74,9 +72,10 @@ def _resolved(tree: dict, places: Places) -> DictConfig:
         how = "no value yet; give {}=VALUE on the command line"
         raise ConfigError(*(f"{locate(places, path)}: {how.format(path)}" for path in missing))
     problems = []
-    for path in [path for path, value in entries(tree) if isinstance(value, str) and "${" in value]:
+    for path, value in entries(tree):
         try:
-            OmegaConf.select(config, path)
+            if isinstance(value, str) and "${" in value:
+                OmegaConf.select(config, path)
         except OmegaConfBaseException as error:
             problems += _said_by_resolver(error) or [f"{locate(places, path)}: {reason_of(error)}"]
     if problems:

@@ -47,10 +47,7 @@ def resolve_target(target: str, allow_foreign: Trust = False) -> Any:
         raise ValueError(f"target '{target}' is not a dotted path such as ldm.models.unet.UNetModel")
     own, trusted = parts[0] == "ldm", allow_foreign is True or (allow_foreign and target in allow_foreign)
     if not own and not trusted:
-        raise ValueError(
-            f"target '{target}' is outside ldm; such code runs only where a YAML that you name has it too "
-            "(for a file of weights: --config YAML, config=... in Python)"
-        )
+        raise ValueError(f"target '{target}' is outside ldm, and no YAML that you name (--config) has it")
     if own and not trusted:
         _refuse_tools(target, parts)
     found = _import(parts[0])

@@ -21,9 +21,7 @@ Entry = int | tuple[int, int]
 def parse_entries(entries: Sequence[Entry], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and positions, int64 (B,) each; an entry without a position gets -1.
 
-    Raises:
-        IndexError: an index outside [0, length).
-        ValueError: a negative position.
+    IndexError for an index outside [0, length), ValueError for a negative position.
     """
     pairs = [entry if isinstance(entry, tuple | list) else (operator.index(entry), -1) for entry in entries]
     indices = np.array([index for index, _ in pairs], dtype=np.int64)
@@ -140,14 +138,10 @@ class AddressedDataset(Dataset):
 
     `position` counts samples since the start of the run; what is random in a sample is a pure function of
     (seed, position), and the plain view, at position -1, has nothing random.
-
-    Attributes:
-        classes: names of the classes in the order of their labels, or None.
-        in_memory: whether samples cost no reading, so that worker processes would only slow them down.
     """
 
-    in_memory = False
-    classes: list[str] | None = None
+    in_memory = False  # whether samples cost no reading, so that worker processes would only slow them down
+    classes: list[str] | None = None  # names in the order of their labels
     seed = 0
 
     def __getitem__(self, entry: Entry) -> dict:

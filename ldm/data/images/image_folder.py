@@ -112,10 +112,10 @@ class ImageFolder(ImageDataset):
 
     def path(self, index: int) -> str:
         """The file of a sample."""
-        return self._full_path(int(self.rows[index]))
+        return self._full_path(self.rows[index])
 
     def _full_path(self, row: int) -> str:
-        return self.scan.full(self.scan.paths[row])
+        return self.scan.full(self.scan.paths[int(row)])
 
     def empty_files(self) -> list[str]:
         """Image files of zero bytes; they are not among the samples."""
@@ -123,8 +123,9 @@ class ImageFolder(ImageDataset):
 
     def bad_files(self) -> list[str]:
         """Files that turned out unreadable so far, in all worker processes and parts, empty ones included."""
-        unreadable = [self._full_path(int(row)) for row in np.flatnonzero(self._bad.numpy())]
-        return sorted(self.empty_files() + unreadable)
+        return sorted(
+            self.empty_files() + [self._full_path(row) for row in np.flatnonzero(self._bad.numpy())]
+        )
 
     @property
     def enlarged(self) -> int:
@@ -133,30 +134,21 @@ class ImageFolder(ImageDataset):
 
     def summary(self) -> str:
         """One line: what is there, what was ignored, what turned out bad."""
-        text = f"{self.root}: {counted(len(self), 'image')}"
-        if self.part != "all":
-            text += f" for {self.part}"
-        if self.classes:
-            text += f" in {counted(len(self.classes), 'class', 'classes')} ({some(self.classes)})"
-        if ignored := self.scan.ignored():
-            text += f"; ignored {ignored}"
-        if bad := self.bad_files():
-            text += f"; {len(bad)} unreadable ({some(bad)})"
-        if self.enlarged:
-            text += f"; {self.enlarged:,} smaller than {self.size} pixels enlarged"
-        return text
+        classes, ignored, bad = self.classes or [], self.scan.ignored(), self.bad_files()
+        parts = [
+            f" for {self.part}" if self.part != "all" else "",
+            f" in {counted(len(classes), 'class', 'classes')} ({some(classes)})" if classes else "",
+            f"; ignored {ignored}" if ignored else "",
+            f"; {len(bad)} unreadable ({some(bad)})" if bad else "",
+            f"; {self.enlarged:,} smaller than {self.size} pixels enlarged" if self.enlarged else "",
+        ]
+        return f"{self.root}: {counted(len(self), 'image')}" + "".join(parts)
 
     def fingerprint(self) -> str:
-        options = {
-            "kind": "ImageFolder",
-            "version": 1,
-            "size": self.size,
-            "channels": self.channels,
-            "crop": self.crop,
-            "crop_scale": self.crop_scale if self.crop == "random" else None,
-            "background": self.background,
-            "classes": [os.fsencode(name).hex() for name in self.classes] if self.classes else None,
-        }
+        options = {name: getattr(self, name) for name in ("size", "channels", "crop", "background")}
+        options |= {"kind": "ImageFolder", "version": 1}
+        options["crop_scale"] = self.crop_scale if self.crop == "random" else None
+        options["classes"] = [os.fsencode(name).hex() for name in self.classes] if self.classes else None
         paths, sizes, mtimes = self.scan.paths, self.scan.sizes, self.scan.mtimes
         return fingerprint_of(options, paths.buffer, paths.offsets, sizes, mtimes, self.rows)
 

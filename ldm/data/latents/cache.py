@@ -125,11 +125,7 @@ class LatentCache:
 
     @classmethod
     def open(cls, directory: str | Path) -> "LatentCache":
-        """Open a cache, whatever it was made from.
-
-        Raises:
-            ValueError: there is none, or a file of it is missing or has the wrong size.
-        """
+        """Open a cache, whatever it was made from; ValueError where there is none or a file is damaged."""
         directory = Path(directory)
         manifest, problem = _read_manifest(directory)
         if problem:
@@ -158,7 +154,7 @@ class LatentCache:
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             path = self.directory / self.manifest["shards"][shard]
-            self._maps[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._maps[shard] = np.load(path, mmap_mode="r")
         return self._maps[shard]
 
     def __getstate__(self) -> dict:
@@ -273,10 +269,8 @@ def other_caches(directory: Path, images: str) -> dict[Path, int]:
 
 def _tell_other_caches(directory: Path, images: str) -> None:
     if found := other_caches(directory, images):
-        logger.info(
-            "older latents of these images take %.2f GB in %s under %s (%s); delete what no run needs",
-            sum(found.values()) / 1e9,
-            counted(len(found), "folder"),
-            directory.parent,
-            some([path.name for path in found]),
+        taken = (
+            f"{sum(found.values()) / 1e9:.2f} GB in {counted(len(found), 'folder')} under {directory.parent}"
         )
+        names = some([path.name for path in found])
+        logger.info("older latents of these images take %s (%s); delete what no run needs", taken, names)

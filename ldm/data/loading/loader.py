@@ -18,7 +18,6 @@ from ldm.data.loading.workers import (
     WITHOUT,
     WorkerSide,
     WorkersLoader,
-    as_it_is,
     free_bytes,
     megabytes,
     start_worker,
@@ -30,7 +29,7 @@ _MAX_WORKERS = 8
 _SMALL_TENSORS = 16 << 10  # index, position and label of a batch take a page each
 _IN_HAND = 2  # batches that have arrived and are being copied
 _SHARE = 2  # "auto" takes at most this part of the free shared memory: validation comes beside training
-_told: set[str] = set()
+_told: set[bool] = set()  # of little room: to those who left the number to us, to those who asked for one
 
 
 def available_cpus() -> int:
@@ -86,46 +85,20 @@ def needed_bytes(batch: int, workers: int, prefetch: int) -> int:
     return batch * (workers * prefetch + _IN_HAND)
 
 
-def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int) -> int:
-    """At most `workers`, and so few that their batches take no more than half of what a process has."""
+def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int, share: int = _SHARE) -> int:
+    """At most `workers`, so few that their batches take no more than 1 / `share` of what a process has."""
     free = free_bytes()
-    if not workers or not batch or free is None:
+    if not batch or free is None:
         return workers
-    room = free // ranks // _SHARE
-    fit = max(0, min(workers, (room // batch - _IN_HAND) // prefetch))
-    if fit < workers:
-        _tell_once(
-            "fewer",
-            f"{fit} instead of {workers} worker processes read images: all would take up to "
-            f"{megabytes(2 * ranks * needed_bytes(batch, workers, prefetch))} of shared memory with those of "
-            f"validation, and {SHARED_MEMORY} has {megabytes(free)} free; {MORE}",
-        )
-    return fit
-
-
-def _warn_unless_fitting(workers: int, batch: int, prefetch: int, ranks: int) -> None:
-    """Say once that a number of workers that somebody asked for needs more than there is."""
-    free, needed = free_bytes(), ranks * needed_bytes(batch, workers, prefetch)
-    if workers and batch and free is not None and needed > free:
-        _tell_once(
-            "asked",
-            f"{workers} worker processes may need {megabytes(needed)} of shared memory, and {SHARED_MEMORY} "
-            f"has {megabytes(free)} free; {WITHOUT}; {MORE}",
-        )
-
-
-def _tell_once(topic: str, text: str) -> None:
-    if topic not in _told:
-        _told.add(topic)
-        logger.warning("%s", text)
+    return max(0, min(workers, (free // ranks // share // batch - _IN_HAND) // prefetch))
 
 
 def collate(samples: dict | list[dict]) -> dict:
     """A batch of samples: tensors stacked along a new first axis, anything else as a list.
 
-    Datasets with `__getitems__` hand over whole batches, which pass through.
+    What datasets with `__getitems__` hand over is a whole batch, which passes through.
     """
-    if isinstance(samples, dict):
+    if not isinstance(samples, list):
         return samples
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     return {k: torch.stack(v) if isinstance(v[0], torch.Tensor) else v for k, v in batch.items()}
@@ -160,12 +133,22 @@ def make_loader(
     """
     compact = hasattr(dataset, "compact") and collate_fn is collate
     batch, ranks = batch_bytes(dataset, batch_sampler), _ranks(ranks_on_node)
-    if num_workers == "auto":
-        num_workers = workers_that_fit(worker_count(dataset, ranks), batch, prefetch, ranks)
+    auto = num_workers == "auto"
+    if auto:
+        num_workers = worker_count(dataset, ranks)
     elif isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f'num_workers must be "auto" or a count of processes, got {num_workers!r}')
-    else:
-        _warn_unless_fitting(num_workers, batch, prefetch, ranks)
+    fit = workers_that_fit(num_workers, batch, prefetch, ranks, _SHARE if auto else 1)
+    if fit < num_workers and auto not in _told:
+        _told.add(auto)
+        needed = megabytes(ranks * needed_bytes(batch, num_workers, prefetch))
+        said = (
+            f"{num_workers} worker processes may need {needed} of shared memory, as many again in validation"
+        )
+        way = f"{fit} start instead" if auto else WITHOUT
+        free = megabytes(free_bytes())
+        logger.warning("%s, and %s has %s free: %s; %s", said, SHARED_MEMORY, free, way, MORE)
+    num_workers = fit if auto else num_workers
     options = dict(
         batch_sampler=batch_sampler,
         pin_memory=torch.cuda.is_available() if pin_memory == "auto" else pin_memory,
@@ -180,7 +163,7 @@ def make_loader(
         context.set_forkserver_preload(["ldm.data"])
     return WorkersLoader(
         WorkerSide(dataset, collate_fn, compact),
-        collate_fn=as_it_is,
+        collate_fn=collate,
         num_workers=num_workers,
         multiprocessing_context=context,
         worker_init_fn=start_worker,

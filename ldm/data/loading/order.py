@@ -139,9 +139,10 @@ class PositionSampler(Sampler):
             raise ValueError(f"rank must lie in [0, world_size), got rank {self.rank} of world_size {world}")
         if batch < 1 or batch % world:
             raise ValueError(f"batch_size must be a positive multiple of {world} processes, got {batch}")
-        for name in ("start_step", "steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if min(self.start_step, self.steps or 0) < 0:
+            raise ValueError(
+                f"start_step and steps must not be negative, got {self.start_step}, {self.steps}"
+            )
         self.seed = check_seed(self.seed)
 
     def batch(self, step: int) -> list[tuple[int, int]]:

@@ -38,15 +38,10 @@ class LostWorker(ChildProcessError):
     """A worker process has ended, or does not answer."""
 
 
-# In shared memory
-
-
 def free_bytes() -> int | None:
     """What is free of the shared memory; None where the system sets no limit of its own to it."""
-    if sys.platform != "linux":
-        return None
     try:
-        return shutil.disk_usage(SHARED_MEMORY).free
+        return shutil.disk_usage(SHARED_MEMORY).free if sys.platform == "linux" else None
     except OSError:
         return None
 
@@ -102,9 +97,6 @@ class Parcel:
         return map_tensors(torch.Tensor.pin_memory, self.unpack())
 
 
-# In a worker process
-
-
 def start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
@@ -141,13 +133,6 @@ class WorkerSide(Dataset):
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(entries)
         return [self.dataset[entry] for entry in entries]
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
-
-
-# In the main process
 
 
 class WorkersLoader(DataLoader):
@@ -191,8 +176,8 @@ def _next(batches: Iterator[Any]) -> Any:
         if waited >= _GIVE_UP_AFTER:
             raise LostWorker(f"no image has come from the workers for {waited / 60:.0f} minutes; {WITHOUT}")
         if not told:
-            told = True
             logger.warning("waiting for images for %.0f s now: the disk or the network is slow", waited)
+        told = True
 
 
 @contextlib.contextmanager
