@@ -19,7 +19,10 @@ def some(names: list[str], count: int = 5) -> str:
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option that `name` is a mistyping of, upper and lower case alike; None where none is near."""
     lower = {str(option).lower(): str(option) for option in options}
-    found = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.73)
+    cutoff = (
+        0.73 if len(str(name)) > 3 else 0.66
+    )  # `cta` is near `cat`, `num_classes` not near `num_channels`
+    found = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=cutoff)
     return lower[found[0]] if found else None
 
 

@@ -10,6 +10,7 @@ from ldm.wording import did_you_mean, nearest
         ("num_heds", ["num_classes", "num_heads"], "num_heads"),
         ("chanels", ["channels"], "channels"),
         ("lrr", ["lr"], "lr"),
+        ("cta", ["dog", "cat"], "cat"),
         ("atuo", ["auto"], "auto"),
         ("Kl_weight", ["kl_weight", "k"], "kl_weight"),
         ("autoencodr.yaml", ["diffusion.yaml", "autoencoder.yaml"], "autoencoder.yaml"),

@@ -209,8 +209,7 @@ def test_string_tables_hold_any_name(names):
 def test_a_hundred_thousand_paths_take_little_memory():
     paths = [f"class_{i % 100:03d}/image_{i:08d}.jpg" for i in range(100_000)]
     table = StringTable.from_strings(paths)
-    assert table.nbytes == sum(map(len, paths)) + 8 * 100_001
-    assert len(pickle.dumps(table)) < table.nbytes + 1000
+    assert len(pickle.dumps(table)) < sum(map(len, paths)) + 8 * 100_001 + 1000
 
 
 def test_names_without_a_valid_encoding(tmp_path):

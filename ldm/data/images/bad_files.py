@@ -1,6 +1,7 @@
 """Reading every file of a folder to find the bad ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
@@ -16,9 +17,9 @@ class BadFile(NamedTuple):
     reason: str
 
 
+@dataclass
 class _Check(Dataset):
-    def __init__(self, images: ImageFolder):
-        self.images = images
+    images: ImageFolder
 
     def __getitem__(self, index: int) -> BadFile | None:
         path = self.images.path(index)

@@ -116,10 +116,6 @@ class StringTable:
         """uint64 (len,): a stable hash of each string, the same on every machine and in every version."""
         return np.array([name_hash(self.bytes_at(i)) for i in range(len(self))], dtype=np.uint64)
 
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.nbytes + self.offsets.nbytes
-
     def save(self, path: Path) -> None:
         np.savez(path, buffer=self.buffer, offsets=self.offsets)
 

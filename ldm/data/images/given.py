@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,17 +37,18 @@ def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
     return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
 
 
+@dataclass(eq=False)
 class Pictures(Dataset):
     """Files as training sees them in its plain view: upright, the centre, resized; uint8 (C, size, size).
 
     folder, paths, unreadable: from `find_images`; `batches` adds to the last what it cannot read.
     """
 
-    def __init__(
-        self, folder: Path, paths: list[str], unreadable: list[tuple[str, str]], size: int, channels: int
-    ):
-        self.folder, self.paths, self.unreadable = folder, paths, unreadable
-        self.size, self.channels = size, channels
+    folder: Path
+    paths: list[str]
+    unreadable: list[tuple[str, str]]
+    size: int
+    channels: int
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -15,7 +15,7 @@ from ldm.files import check_space, whole_file
 
 MANIFEST = "manifest.json"
 _EXACT_BELOW = 1 << 30  # "auto" keeps float32 up to this many bytes
-_ADVICE = 'Ways out: dtype="float16", another folder, or cache=false to encode on the fly.'
+_ADVICE = 'Ways out: dtype="float16", another folder, or cache=false.'
 
 
 def encode_into(
@@ -29,9 +29,8 @@ def encode_into(
 ) -> None:
     """Fill `folder` with shards, what stands beside the latents and, last, the manifest.
 
-    Args:
-        loader: yields the plain view of `dataset`, in order.
-        made_from: what makes the latents what they are; holds "flips", "dtype" and perhaps "beside".
+    `loader` yields the plain view of `dataset`, in order; `made_from` is what makes the latents what they
+    are, with "flips", "dtype" and perhaps "beside".
     """
     count, flips = len(dataset), made_from["flips"]
     statistics, writer = ChannelStatistics(), None

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,12 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return value
 
 
+@dataclass
 class Parcel:
     """A batch in shared memory; where `compact`, its "image" is still uint8, a quarter of the bytes."""
 
-    def __init__(self, batch: Any, compact: bool):
-        self.batch, self.compact = batch, compact
+    batch: Any
+    compact: bool
 
     def unpack(self) -> Any:
         """The batch in this process's own memory: what lies in the shared one is freed with the parcel."""
@@ -105,6 +107,7 @@ def start_worker(worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 
 
+@dataclass(eq=False)
 class WorkerSide(Dataset):
     """What a worker process has of a data set: it makes whole batches, or hands over the error.
 
@@ -112,8 +115,9 @@ class WorkerSide(Dataset):
     a bad file or a full disk means. With `compact`, the data set's method of that name gives uint8 images.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable, compact: bool):
-        self.dataset, self.collate_fn, self.compact = dataset, collate_fn, compact
+    dataset: Dataset
+    collate_fn: Callable
+    compact: bool
 
     def __len__(self) -> int:
         return len(self.dataset)
