@@ -34,11 +34,8 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Binar
     """A file to write that takes its name when it is complete; until then the previous one stays.
 
     After an error nothing of it is left. A killed process leaves `.NAME.*.partial`; a later durable write of
-    the same name removes it once it is an hour old.
-
-    Args:
-        path: in a folder that exists.
-        durable: survive a power cut too. It waits for the disk, which thousands of images should not.
+    the same name removes it once it is an hour old. A `durable` file survives a power cut too: it waits for
+    the disk, which thousands of images should not.
 
     Raises:
         FileNotFoundError, IsADirectoryError: the folder is not there, or `path` is one.
@@ -146,13 +143,8 @@ class Busy(ValueError):
 def locked(path: Path, wait: bool) -> Iterator[bool]:
     """Hold the lock file `path`, made where there is none; gives whether the system really has such a lock.
 
-    The kernel lets go of it when the process ends, however it ends.
-
-    Args:
-        wait: for whoever has it, instead of raising.
-
-    Raises:
-        Busy: (a ValueError) another process has it, and `wait` is false.
+    The kernel lets go of it when the process ends, however it ends. `wait` waits for whoever has it; without,
+    that raises Busy, a ValueError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -182,6 +174,5 @@ def check_space(folder: Path, needed: int, advice: str) -> None:
     """ValueError with the numbers when `folder`'s disk has not `needed` bytes and some air."""
     free = shutil.disk_usage(folder).free
     if needed + (64 << 20) > free:
-        raise ValueError(
-            f"not enough space at {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. {advice}"
-        )
+        gigabytes = f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
+        raise ValueError(f"not enough space at {folder}: {gigabytes}. {advice}")

@@ -1,10 +1,6 @@
-import difflib
-
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
 
-from ldm.wording import _typos, did_you_mean, nearest
+from ldm.wording import did_you_mean, nearest
 
 
 @pytest.mark.parametrize(
@@ -14,6 +10,7 @@ from ldm.wording import _typos, did_you_mean, nearest
         ("num_heds", ["num_classes", "num_heads"], "num_heads"),
         ("chanels", ["channels"], "channels"),
         ("lrr", ["lr"], "lr"),
+        ("cta", ["dog", "cat"], "cat"),
         ("atuo", ["auto"], "auto"),
         ("Kl_weight", ["kl_weight", "k"], "kl_weight"),
         ("autoencodr.yaml", ["diffusion.yaml", "autoencoder.yaml"], "autoencoder.yaml"),
@@ -29,14 +26,3 @@ from ldm.wording import _typos, did_you_mean, nearest
 def test_a_suggestion_is_near(name, options, expected):
     assert nearest(name, options) == expected
     assert did_you_mean(name, options, "a.") == (f"; did you mean a.{expected}?" if expected else "")
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text("abc", max_size=6), st.text("abc", max_size=6))
-def test_typos_are_a_distance(a, b):
-    found = _typos(a, b)
-    assert (found == 0) == (a == b) and found == _typos(b, a)
-    assert abs(len(a) - len(b)) <= found <= max(len(a), len(b))
-    opcodes = difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
-    longest = sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in opcodes if tag != "equal")
-    assert found <= longest  # difflib's way from one to the other is one way

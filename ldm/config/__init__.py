@@ -8,14 +8,12 @@ mistake is a `ConfigError` that names file, line and full path; all mistakes of 
 """
 
 from ldm.config.checking import check, check_section, instantiate
-from ldm.config.other_runs import from_run, not_repeated
+from ldm.config.other_runs import from_run
 from ldm.config.provided import fill
 from ldm.config.resolved import load, loads
-from ldm.config.signatures import is_target, parameters, resolve_target
-from ldm.config.tree import ASSUMED, ConfigError, differences, places_of, save, to_plain, to_yaml
+from ldm.config.tree import ConfigError, differences, save, to_plain, to_yaml
 
 __all__ = [
-    "ASSUMED",
     "ConfigError",
     "check",
     "check_section",
@@ -23,13 +21,8 @@ __all__ = [
     "fill",
     "from_run",
     "instantiate",
-    "is_target",
     "load",
     "loads",
-    "not_repeated",
-    "parameters",
-    "places_of",
-    "resolve_target",
     "save",
     "to_plain",
     "to_yaml",

@@ -1,58 +1,70 @@
 """Whether plain values fit an annotation, and what is wrong where they do not."""
 
-import collections.abc
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections import abc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm.config.signatures import is_target
 from ldm.wording import did_you_mean
 
-_SEQUENCES = (
-    list,
-    tuple,
-    set,
-    frozenset,
-    collections.abc.Sequence,
-    collections.abc.Iterable,
-    collections.abc.Collection,
-    collections.abc.MutableSequence,
-    collections.abc.Set,
-)
-_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+_SEQUENCES = (list, tuple, set, frozenset, abc.Sequence, abc.Iterable, abc.Collection, abc.Set)
+_MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 
 
 def fitted(value: Any, annotation: Any) -> Any:
     """A plain value as its annotation wants it: `1e3` as a whole number, and a number as text where a Literal
     is so spelt (YAML reads `precision: 32` as a number); lists and mappings item by item."""
+    return _held(value, annotation)[0]
+
+
+def mismatch(value: Any, annotation: Any) -> str | None:
+    """What is wrong with a plain value (None, bool, number, str, list, dict) for an annotation, or None.
+
+    Checks what can be told from plain values; an annotation of another kind (a class of ours, a device, a
+    callable) accepts everything, and so does a nested `target`, whose result is not known yet.
+    """
+    return _held(value, annotation)[1]
+
+
+def _held(value: Any, annotation: Any) -> tuple[Any, str | None]:
+    """The value as the annotation wants it, and what is wrong with it."""
     choices = _choices(annotation)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        words = _words(choices)
-        if value not in words and str(value) in words:
-            return str(value)
-        whole = int in choices and float not in choices and float(value).is_integer()
-        return int(value) if whole else value
-    for choice in choices:
-        arguments, kind = typing.get_args(choice), _kind(choice)
-        if isinstance(value, list) and kind in _SEQUENCES:
-            kinds = _of_items(choice, len(value))
-            return list(map(fitted, value, kinds)) if len(kinds) == len(value) else value
-        if isinstance(value, dict) and kind in _MAPPINGS and len(arguments) == 2 and not is_target(value):
-            return {key: fitted(item, arguments[1]) for key, item in value.items()}
-        if isinstance(value, dict) and typing.is_typeddict(choice):
-            allowed = typing.get_type_hints(choice)
-            return {key: fitted(item, allowed.get(key, Any)) for key, item in value.items()}
-    return value
+    if is_target(value):
+        return value, None
+    if len(choices) > 1:
+        return _held_by_one(value, choices, annotation)
+    (annotation,) = choices
+    kind = _kind(annotation)
+    if kind in _SEQUENCES:
+        return _held_sequence(value, annotation)
+    if kind in _MAPPINGS or typing.is_typeddict(annotation):
+        return _held_mapping(value, annotation)
+    if kind is typing.Literal:
+        return _held_word(value, typing.get_args(annotation))
+    if annotation is int and isinstance(value, float) and value.is_integer():
+        return int(value), None
+    return value, None if _fits_scalar(value, annotation) else _expected(annotation, value)
+
+
+def _fits_scalar(value: Any, annotation: Any) -> bool:
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation in (int, float):
+        return isinstance(value, int | annotation) and not isinstance(value, bool)
+    if annotation is str or (isinstance(annotation, type) and issubclass(annotation, os.PathLike)):
+        return isinstance(value, str | os.PathLike)
+    return annotation is not bool or isinstance(value, bool)
 
 
 def _choices(annotation: Any) -> list[Any]:
     """The annotations that a union leaves the choice of; one of another kind by itself."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
+    kind, arguments = _kind(annotation), typing.get_args(annotation)
+    if kind is typing.Annotated:
         return _choices(arguments[0])
-    if origin in (typing.Union, types.UnionType):
+    if kind in (typing.Union, types.UnionType):
         return [choice for argument in arguments for choice in _choices(argument)]
     return [annotation]
 
@@ -61,114 +73,61 @@ def _kind(annotation: Any) -> Any:
     return typing.get_origin(annotation) or annotation
 
 
-def _of_items(annotation: Any, count: int) -> list[Any] | tuple[Any, ...]:
-    """The annotations of the `count` items of a sequence; a tuple may allow another number."""
-    arguments = typing.get_args(annotation)
-    if _kind(annotation) is tuple and arguments and arguments[-1] is not Ellipsis:
-        return arguments
-    return [arguments[0] if arguments else Any] * count
-
-
-def mismatch(value: Any, annotation: Any) -> str | None:
-    """What is wrong with a plain value (None, bool, number, str, list, dict) for an annotation, or None.
-
-    Checks what can be told from plain values; an annotation of another kind (a class of ours, a device, a
-    callable) accepts everything, and so does a nested `target`, whose result is not known yet. A float such
-    as 1000.0 is a whole number, see `fitted`.
-    """
-    if is_target(value):
-        return None
-    choices = _choices(annotation)
-    if len(choices) > 1:
-        return _union_mismatch(value, choices, annotation)
-    (annotation,) = choices
-    kind, arguments = _kind(annotation), typing.get_args(annotation)
-    if kind is typing.Literal:
-        return _literal_mismatch(value, arguments)
-    if kind in _SEQUENCES:
-        return _sequence_mismatch(value, annotation)
-    if kind in _MAPPINGS:
-        return _mapping_mismatch(value, arguments, annotation)
-    if typing.is_typeddict(annotation):
-        return _typed_dict_mismatch(value, annotation)
-    return None if _fits_scalar(value, annotation) else _expected(annotation, value)
-
-
-def _fits_scalar(value: Any, annotation: Any) -> bool:
-    if annotation is None or annotation is type(None):
-        return value is None
-    if annotation is bool:
-        return isinstance(value, bool)
-    if annotation in (int, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (annotation is float or isinstance(value, int) or value.is_integer())
-    if annotation is str or (isinstance(annotation, type) and issubclass(annotation, os.PathLike)):
-        return isinstance(value, str | os.PathLike)
-    return True
-
-
-def _union_mismatch(value: Any, choices: list, annotation: Any) -> str | None:
-    found = [mismatch(value, choice) for choice in choices]
-    if None in found:
-        return None
+def _held_by_one(value: Any, choices: list, annotation: Any) -> tuple[Any, str | None]:
+    """By the first choice that fits, float before int: 1e3 stays what it is where both are allowed."""
+    choices = sorted(choices, key=lambda choice: choice is not float)
+    tried = [_held(value, choice) for choice in choices]
+    for found, problem in tried:
+        if problem is None:
+            return found, None
     # A list, a mapping or a misspelt word is best explained by the one choice that it was meant for.
-    for choice, problem in zip(choices, found, strict=True):
-        kind = _kind(choice)
-        if isinstance(value, list) and kind in _SEQUENCES:
-            return problem
-        if isinstance(value, dict) and (kind in _MAPPINGS or typing.is_typeddict(choice)):
-            return problem
-    return _expected(annotation, value) + _near_word(value, _words(choices))
+    for choice, (_, problem) in zip(choices, tried, strict=True):
+        meant = _kind(choice) in _MAPPINGS or typing.is_typeddict(choice)
+        if (isinstance(value, dict) and meant) or (isinstance(value, list) and _kind(choice) in _SEQUENCES):
+            return value, problem
+    words = [word for c in choices if _kind(c) is typing.Literal for word in typing.get_args(c)]
+    return value, _expected(annotation, value) + did_you_mean(value, words)
 
 
-def _words(choices: Iterable[Any]) -> list[Any]:
-    """What the Literals among annotations allow."""
-    return [word for c in choices if _kind(c) is typing.Literal for word in typing.get_args(c)]
+def _held_word(value: Any, words: Sequence[Any]) -> tuple[Any, str | None]:
+    if any(value == word and type(value) is type(word) for word in words):
+        return value, None
+    if isinstance(value, int | float) and not isinstance(value, bool) and str(value) in words:
+        return str(value), None
+    allowed = ", ".join(map(repr, words))
+    return value, f"must be one of {allowed}, got {value!r}{did_you_mean(value, words)}"
 
 
-def _near_word(value: Any, words: Iterable[Any]) -> str:
-    return did_you_mean(value, [w for w in words if isinstance(w, str)]) if isinstance(value, str) else ""
-
-
-def _literal_mismatch(value: Any, choices: tuple) -> str | None:
-    if any(value == choice and type(value) is type(choice) for choice in choices):
-        return None
-    allowed = ", ".join(map(repr, choices))
-    return f"must be one of {allowed}, got {value!r}{_near_word(value, choices)}"
-
-
-def _sequence_mismatch(value: Any, annotation: Any) -> str | None:
+def _held_sequence(value: Any, annotation: Any) -> tuple[Any, str | None]:
     if not isinstance(value, list | tuple):
-        return _expected(annotation, value)
-    kinds = _of_items(annotation, len(value))
+        return value, _expected(annotation, value)
+    kinds = typing.get_args(annotation)
+    if _kind(annotation) is not tuple or not kinds or kinds[-1] is Ellipsis:  # any number of one kind
+        kinds = (kinds or (Any,))[:1] * len(value)
     if len(value) != len(kinds):
-        return f"expected {len(kinds)} values ({describe(annotation)}), got {len(value)}"
-    for i, (item, kind) in enumerate(zip(value, kinds, strict=True)):
-        if problem := mismatch(item, kind):
-            return f"item {i}: {problem}"
-    return None
+        return value, f"expected {len(kinds)} values ({describe(annotation)}), got {len(value)}"
+    items = [_held(item, kind) for item, kind in zip(value, kinds, strict=True)]
+    problems = [f"item {i}: {problem}" for i, (_, problem) in enumerate(items) if problem]
+    return [item for item, _ in items], problems[0] if problems else None
 
 
-def _mapping_mismatch(value: Any, arguments: tuple, annotation: Any) -> str | None:
+def _held_mapping(value: Any, annotation: Any) -> tuple[Any, str | None]:
     if not isinstance(value, Mapping):
-        return _expected(annotation, value)
-    for key, item in value.items() if len(arguments) == 2 else ():
-        if problem := mismatch(key, arguments[0]) or mismatch(item, arguments[1]):
-            return f"key '{key}': {problem}"
-    return None
-
-
-def _typed_dict_mismatch(value: Any, annotation: Any) -> str | None:
-    if not isinstance(value, Mapping):
-        return _expected(annotation, value)
-    allowed = typing.get_type_hints(annotation)
-    for key, item in value.items():
-        if key not in allowed:
-            return f"unknown key '{key}'{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
-        if problem := mismatch(item, allowed[key]):
-            return f"key '{key}': {problem}"
-    missing = sorted(annotation.__required_keys__ - set(value))
-    return f"needs the keys {', '.join(missing)}" if missing else None
+        return value, _expected(annotation, value)
+    if typing.is_typeddict(annotation):
+        kinds, of_keys = typing.get_type_hints(annotation), Any
+        for key in (key for key in value if key not in kinds):
+            return value, f"unknown key '{key}'{did_you_mean(key, kinds)} (allowed: {', '.join(kinds)})"
+        if missing := annotation.__required_keys__ - value.keys():
+            return value, f"needs the keys {', '.join(sorted(missing))}"
+    else:
+        of_keys, of_items = typing.get_args(annotation) or (Any, Any)
+        kinds = dict.fromkeys(value, of_items)
+    items = {key: _held(item, kinds[key]) for key, item in value.items()}
+    for key, (_, problem) in items.items():
+        if problem := mismatch(key, of_keys) or problem:
+            return value, f"key '{key}': {problem}"
+    return {key: item for key, (item, _) in items.items()}, None
 
 
 def _expected(annotation: Any, value: Any) -> str:
@@ -178,14 +137,13 @@ def _expected(annotation: Any, value: Any) -> str:
 
 def describe(annotation: Any) -> str:
     """An annotation as a person writes it: `int | None`, `list[int]`, 'a' | 'b'."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(describe(argument) for argument in arguments)
-    if origin is typing.Literal:
+    kind, arguments = _kind(annotation), typing.get_args(annotation)
+    if kind in (typing.Union, types.UnionType):
+        return " | ".join(map(describe, arguments))
+    if kind is typing.Literal:
         return " | ".join(map(repr, arguments))
     if annotation is type(None) or annotation is None:
         return "null"
-    if origin is not None and arguments:
-        inner = ", ".join("..." if a is Ellipsis else describe(a) for a in arguments)
-        return f"{getattr(origin, '__name__', origin)}[{inner}]"
-    return getattr(annotation, "__name__", str(annotation))
+    name = getattr(kind, "__name__", str(kind))
+    inner = ", ".join("..." if argument is Ellipsis else describe(argument) for argument in arguments)
+    return f"{name}[{inner}]" if arguments else name

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ldm.config.tree import ConfigError, leaves, parts_of, to_plain
-from ldm.wording import nearest
+from ldm.wording import did_you_mean, some
 
 _MANDATORY = re.compile(r"\$\{from_run:([^,]*),([^,]*)\}")
 _ALONE = re.compile(r"\$\{from_run:[^:]*\}")
@@ -22,26 +22,24 @@ def from_run(
     """A value from another run's `config.yaml`; in a YAML `${from_run:${first_stage},data.params.root}`.
 
     A run that goes on keeps what it took when it began, whatever became of the other run since. `run` may
-    also be the YAML of a run that has not begun, for those who plan. `default`, a third argument, stands
-    where nothing says the value; without one, that is an error.
+    also be the YAML of a run that has not begun, for those who plan.
 
     Raises:
-        ConfigError: there is no such run, or it does not have the key.
+        ConfigError: there is no such run, or it does not have the key, and there is no `default`.
     """
     kept = _kept(run, _root_, _node_)
     if kept is not None:
         return kept
-    file = None if run is None else Path(run) / "config.yaml"
-    if run is not None and Path(run).suffix in (".yaml", ".yml"):
-        file = Path(run)
-    if file is None or not file.is_file():
-        if default is not _NONE:
-            return default
-        raise ConfigError(_no_run(run, key, _root_))
-    value = OmegaConf.select(OmegaConf.load(file), key)
-    if value is None and default is _NONE:
-        raise ConfigError(f"{file} has no {key}; give {key}=... yourself")
-    return default if value is None else to_plain(value)
+    file = Path(run or "")
+    if file.suffix not in (".yaml", ".yml"):
+        file /= "config.yaml"
+    there = run is not None and file.is_file()
+    value = OmegaConf.select(OmegaConf.load(file), key) if there else None
+    if value is not None:
+        return to_plain(value)
+    if default is _NONE:
+        raise ConfigError(f"{file} has no {key}; give {key}=..." if there else _no_run(run, key, _root_))
+    return default
 
 
 # OmegaConf renamed the function in 2.4.
@@ -53,8 +51,7 @@ def _kept(run: str | None, root: Any, node: Any) -> Any:
     """What the run that is about to go on took for this place of its config; None where none goes on."""
     if not isinstance(root, DictConfig) or not _ALONE.fullmatch(str(node._value())):
         return None
-    name, runs = OmegaConf.select(root, "name"), OmegaConf.select(root, "runs") or "runs"
-    folder = Path(str(runs)) / str(name)
+    folder = Path(str(OmegaConf.select(root, "runs") or "runs"), str(OmegaConf.select(root, "name")))
     if not (folder / "config.yaml").is_file() or not list(folder.glob("checkpoints/step-*.ckpt")):
         return None
     own = OmegaConf.load(folder / "config.yaml")
@@ -75,26 +72,19 @@ def _no_run(run: str | None, key: str, root: Any) -> str:
     path = Path(run)
     if path.is_file():
         return (
-            f"{name} {run} is a file, which does not say what images it was trained on; {give}, or the run "
-            "folder in the file's place"
+            f"{name} {run} is a file, which does not say what images it learned from; {give}, or a run folder"
         )
     around = path if path.is_dir() else path.parent
     runs = sorted(p.name for p in around.glob("*") if (p / "config.yaml").is_file())
-    near = nearest(path.name, runs) or (runs[0] if len(runs) == 1 else None)
-    meant = f"; did you mean {around / near}?" if near else ";"
-    there = f" {around} has {', '.join(runs)}" if runs else f" {give} yourself, or train an autoencoder first"
-    if path.is_dir():
-        return f"{name} {run} is no run folder (it has no config.yaml){meant}{there}"
-    return f"{name} {run} does not exist{meant}{there}"
+    has = f"; {around} has {some(runs)}" if runs else ""
+    why = "is no run folder (it has no config.yaml)" if path.is_dir() else "does not exist"
+    return f"{name} {run} {why}{did_you_mean(path.name, runs, f'{around}/') or has}; {give}, or a run folder"
 
 
 def not_repeated(run: Any, cfg: DictConfig) -> list[str]:
-    """Params of the first stage's data, `on_error=report`, that this run's data set leaves at another value.
-
-    Only for runs over the images that the first stage was trained on.
-    """
-    file = None if run.first_stage is None else Path(run.first_stage) / "config.yaml"
-    if file is None or not file.is_file():
+    """Params such as `on_error=report` of a first stage over the same images that this run's data lacks."""
+    file = Path(run.first_stage or "") / "config.yaml"
+    if run.first_stage is None or not file.is_file():
         return []
     other = OmegaConf.load(file).get("data") or {}
     theirs, ours = other.get("params") or {}, cfg.data.get("params") or {}

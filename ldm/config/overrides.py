@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.config.signatures import field_types, is_target, nested_dataclass
-from ldm.config.tree import Places, entries, join, parts_of, reason_of
+from ldm.config.tree import ASSUMED, Places, entries, join, parts_of, reason_of
 from ldm.config.yaml_files import read
 from ldm.wording import did_you_mean, nearest
 
@@ -29,8 +29,9 @@ def override(tree: dict, places: Places, text: str, sections: Mapping[str, type]
     for i, part in enumerate(parts):
         found = _find(node, part, path, in_params, tree, sections)
         if i == len(parts) - 1:
+            is_file = isinstance(value, str) and value.endswith((".yaml", ".yml"))
             is_part = isinstance(node, dict) and isinstance(node.get(found), dict)
-            node[found] = _from_file(value, parts) if is_part and _names_file(value) else value
+            node[found] = _from_file(value, parts) if is_part and is_file else value
         elif isinstance(node, dict) and node.get(found) is None:
             node[found] = {}
         in_params = is_target(node) and found == "params"
@@ -53,25 +54,38 @@ def _parsed(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def _names_file(value: Any) -> bool:
-    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
-
-
 def _from_file(file: str, parts: list[str]) -> dict:
     """The same part of another configuration: `network=configs/diffusion/dit-b-f8.yaml`."""
     other, _ = read(Path(file))
-    part = part_at(other, parts)
+    part = _part_at(other, parts)
     if not isinstance(part, dict):
         raise ValueError(f"{file} has no {'.'.join(parts)} to take (it has: {', '.join(map(str, other))})")
     return part
 
 
-def part_at(tree: dict, parts: list[str]) -> Any:
+def _part_at(tree: dict, parts: list[str]) -> Any:
     """What stands at a path of mappings; None where nothing does."""
     node: Any = tree
     for part in parts:
         node = node.get(part) if isinstance(node, dict) else None
     return node
+
+
+def assume(tree: dict, places: Places, assumed: Mapping[str, Any]) -> None:
+    """Put values in the place of what is open or refers to something that is not there."""
+    for path, value in assumed.items():
+        *above, name = parts_of(path)
+        node = _part_at(tree, above)
+        if isinstance(node, dict) and name in node and _is_open(tree, path):
+            node[name], places[path] = value, ASSUMED
+
+
+def _is_open(tree: dict, path: str) -> bool:
+    try:
+        OmegaConf.select(OmegaConf.create(tree), path, throw_on_missing=True)
+    except OmegaConfBaseException:
+        return True
+    return False
 
 
 def _find(
@@ -88,10 +102,10 @@ def _find(
         return name
     if name.isdigit() and int(name) in node:
         return int(name)
-    fields = _fields(path, sections)
-    if in_params or name in fields or (is_target(node) and name == "params"):
-        return name
-    if not fields and _holds_any_key(path, sections):
+    annotation = _annotation_at(path, sections)
+    fields = _fields(path, annotation, sections)
+    any_key = in_params or (not fields and get_origin(annotation) is dict)
+    if any_key or name in fields or (is_target(node) and name == "params"):
         return name
     options = list(dict.fromkeys([*map(str, node), *fields]))
     hint = did_you_mean(name, options, join(path, "")) or _elsewhere(name, tree)
@@ -99,26 +113,20 @@ def _find(
     raise ValueError(f"unknown key '{join(path, name)}'{hint} ({has}: {', '.join(options) or 'nothing'})")
 
 
-def _fields(path: str, sections: Mapping[str, type]) -> list[str]:
-    """Names that the declared dataclasses allow at a path."""
-    kind = _section_at(path, sections)
-    declared = [section.rpartition(".") for section in sections if section]
-    return [*(field_types(kind) if kind else ()), *(name for above, _, name in declared if above == path)]
-
-
-def _section_at(path: str, sections: Mapping[str, type]) -> type | None:
+def _annotation_at(path: str, sections: Mapping[str, type]) -> Any:
+    """What the declared dataclasses say about a path; None where they say nothing."""
     if path in sections or not path:
         return sections.get(path)
     above, _, name = path.rpartition(".")
-    kind = _section_at(above, sections)
-    return nested_dataclass(field_types(kind).get(name)) if kind else None
+    kind = nested_dataclass(_annotation_at(above, sections))
+    return field_types(kind).get(name) if kind else None
 
 
-def _holds_any_key(path: str, sections: Mapping[str, type]) -> bool:
-    """Whether a dataclass's field stands there whose keys are free: annotated `dict[str, ...]`."""
-    above, _, name = path.rpartition(".")
-    kind = _section_at(above, sections)
-    return kind is not None and get_origin(field_types(kind).get(name)) is dict
+def _fields(path: str, annotation: Any, sections: Mapping[str, type]) -> list[str]:
+    """Names that the declared dataclasses allow at a path."""
+    kind = nested_dataclass(annotation)
+    declared = [section.rpartition(".") for section in sections if section]
+    return [*(field_types(kind) if kind else ()), *(name for above, _, name in declared if above == path)]
 
 
 def _elsewhere(name: str, tree: dict) -> str:

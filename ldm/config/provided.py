@@ -5,15 +5,16 @@ nothing there, and `fill` puts the values in. In a path `*` stands for anything,
 the conditioner and every part in it. A name concerns only the parts whose class takes it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from ldm.config import signatures
 from ldm.config.annotations import mismatch
-from ldm.config.tree import ConfigError, join, locate, path_of, places_of
+from ldm.config.signatures import Trust, is_target
+from ldm.config.tree import ConfigError, entries, join, locate, path_of, places_of
 
 AUTO = "auto"
 Declared = Mapping[str, Collection[str]]  # path of a part, perhaps with `*` -> names of its parameters
@@ -25,12 +26,7 @@ def names_for(declared: Declared, path: str) -> set[str]:
 
 
 def fill(
-    config: DictConfig | dict,
-    part: str,
-    name: str,
-    make: Callable[[], Any],
-    *,
-    allow_foreign: bool | Collection[str] = False,
+    config: DictConfig | dict, part: str, name: str, make: Callable[[], Any], *, allow_foreign: Trust = False
 ) -> None:
     """Put `make()` in for the parameter `name` of every part that `part` matches, in place.
 
@@ -44,45 +40,25 @@ def fill(
         ConfigError: a ValueError of `make`, or a value that does not fit the signature, as
             `file:line: full.path: what`.
     """
-    for path, node, accepted in list(_open(config, part, name, allow_foreign)):
+    places = places_of(config)
+    for path, node in list(entries(config, path_of(config))):
+        if not is_target(node) or not fnmatchcase(path, part):
+            continue
+        try:
+            function = signatures.resolve_target(node["target"], allow_foreign)
+        except ValueError as error:
+            raise ConfigError(f"{locate(places, join(path, 'target'))}: {error}") from error
+        accepted, given = signatures.parameters(function), node.get("params") or {}
+        is_auto = given.get(name) == AUTO and (accepted is None or name in accepted)
+        if not is_auto and name not in signatures.missing_parameters(function, given):
+            continue
         try:
             value = make()
             problem = None if accepted is None else mismatch(value, accepted[name].annotation)
         except ValueError as error:
             problem = f"{AUTO}: {error}"
         if problem:
-            where = locate(places_of(config), join(join(path, "params"), name))
-            raise ConfigError(f"{where}: {problem}")
-        if not node.get("params"):
+            raise ConfigError(f"{locate(places, join(path, f'params.{name}'))}: {problem}")
+        if not given:
             node["params"] = {}
         node["params"][name] = value
-
-
-def _open(
-    config: Any, part: str, name: str, allow_foreign: bool | Collection[str]
-) -> Iterator[tuple[str, Any, dict | None]]:
-    """Path, mapping and parameters of the parts that leave `name` open."""
-    for path, node in _parts(config, path_of(config)):
-        if not fnmatchcase(path, part):
-            continue
-        try:
-            function = signatures.resolve_target(node["target"], allow_foreign)
-        except ValueError as error:
-            raise ConfigError(f"{locate(places_of(config), join(path, 'target'))}: {error}") from error
-        accepted, given = signatures.parameters(function), node.get("params") or {}
-        takes = accepted is None or name in accepted
-        absent = name in signatures.missing_parameters(function, given)
-        if absent or (takes and given.get(name) == AUTO):
-            yield path, node, accepted
-
-
-def _parts(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every mapping with a target, with its path."""
-    if isinstance(node, dict | DictConfig):
-        if "target" in node:
-            yield path, node
-        items = node.items()
-    else:
-        items = enumerate(node) if isinstance(node, list | ListConfig) else ()
-    for key, value in items:
-        yield from _parts(value, join(path, key))

@@ -8,18 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.overrides import override, part_at
-from ldm.config.tree import (
-    ASSUMED,
-    ConfigError,
-    Places,
-    entries,
-    keep_places,
-    leaves,
-    locate,
-    parts_of,
-    reason_of,
-)
+from ldm.config.overrides import assume, override
+from ldm.config.tree import ConfigError, Places, entries, keep_places, leaves, locate, reason_of
 from ldm.config.yaml_files import parse, read
 
 
@@ -39,11 +29,9 @@ def load(
         overrides: `a.b.c=value`, the value written as in YAML; list items by index (`a.0.b` or `a[0].b`).
             Where a mapping stands, `a.b=other.yaml` takes the same part of another configuration, whole.
         sections: dataclasses of plain sections by their dotted path ("" is the whole); a field that the YAML
-            leaves out may then be overridden too. Keys directly below a target's params may always be given:
-            `check` holds those against the signature, so that loading imports no model code.
+            leaves out may then be overridden too, as keys below a target's params always may (see `check`).
         assumed: by dotted path, values in the place of what is open (`???`) or refers to something that is
-            not there, for those who look at a configuration without running it. `places_of` then says
-            `ASSUMED`.
+            not there, for those who look at a configuration without running it; their place is `ASSUMED`.
 
     Raises:
         ConfigError: no such file, not YAML, a key given twice, an override that fits nothing, an open `???`.
@@ -57,7 +45,7 @@ def load(
             problems.append(f"override '{text}': {error}")
     if problems:
         raise ConfigError(*problems)
-    _assume(tree, places, assumed or {})
+    assume(tree, places, assumed or {})
     return _resolved(tree, places)
 
 
@@ -75,23 +63,6 @@ def loads(text: str, origin: str = "<text>") -> DictConfig:
     return _resolved(tree, places)
 
 
-def _assume(tree: dict, places: Places, assumed: Mapping[str, Any]) -> None:
-    for path, value in assumed.items():
-        *above, name = parts_of(path)
-        node = part_at(tree, above)
-        present = node.get(name) if isinstance(node, dict) else None
-        if present == "???" or (isinstance(present, str) and "${" in present and _leads_nowhere(tree, path)):
-            node[name], places[path] = value, ASSUMED
-
-
-def _leads_nowhere(tree: dict, path: str) -> bool:
-    try:
-        OmegaConf.select(OmegaConf.create(tree), path)
-    except OmegaConfBaseException:
-        return True
-    return False
-
-
 def _resolved(tree: dict, places: Places) -> DictConfig:
     config = OmegaConf.create(tree)
     keep_places(config, places)
@@ -101,9 +72,10 @@ def _resolved(tree: dict, places: Places) -> DictConfig:
         how = "no value yet; give {}=VALUE on the command line"
         raise ConfigError(*(f"{locate(places, path)}: {how.format(path)}" for path in missing))
     problems = []
-    for path in [path for path, value in entries(tree) if isinstance(value, str) and "${" in value]:
+    for path, value in entries(tree):
         try:
-            OmegaConf.select(config, path)
+            if isinstance(value, str) and "${" in value:
+                OmegaConf.select(config, path)
         except OmegaConfBaseException as error:
             problems += _said_by_resolver(error) or [f"{locate(places, path)}: {reason_of(error)}"]
     if problems:

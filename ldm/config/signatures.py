@@ -14,26 +14,23 @@ from typing import Any
 
 from ldm.wording import did_you_mean
 
-PACKAGE = "ldm"
 # Rooms whose classes open and write files: a configuration that came inside a checkpoint must not reach them.
-_TOOLS = (
-    "ldm.checkpoints",
-    "ldm.cli",
-    "ldm.config",
-    "ldm.evaluation",
-    "ldm.files",
-    "ldm.planning",
-    "ldm.sampling",
-    "ldm.training",
-    "ldm.weights",
-)
+_TOOLS = {
+    "checkpoints",
+    "cli",
+    "config",
+    "evaluation",
+    "files",
+    "planning",
+    "sampling",
+    "training",
+    "weights",
+}
+Trust = bool | Collection[str]  # in targets outside `ldm`: in all or none, or in these
+_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def is_package_path(target: str) -> bool:
-    return target.split(".")[0] == PACKAGE
-
-
-def resolve_target(target: str, allow_foreign: bool | Collection[str] = False) -> Any:
+def resolve_target(target: str, allow_foreign: Trust = False) -> Any:
     """The class (or, outside `ldm`, the callable) that a dotted path names.
 
     Inside `ldm` a target is a class that `ldm` itself defines: a path may not walk through a module to what
@@ -48,32 +45,27 @@ def resolve_target(target: str, allow_foreign: bool | Collection[str] = False) -
     parts = target.split(".")
     if len(parts) < 2 or not all(part.isidentifier() and not part.startswith("_") for part in parts):
         raise ValueError(f"target '{target}' is not a dotted path such as ldm.models.unet.UNetModel")
-    if not isinstance(allow_foreign, bool):
-        allow_foreign = target in allow_foreign
-    if not is_package_path(target) and not allow_foreign:
-        raise ValueError(
-            f"target '{target}' is outside ldm; such code runs only where a YAML that you name has it too "
-            "(for a file of weights: --config YAML, config=... in Python)"
-        )
-    if not allow_foreign:
-        _refuse_tools(target, target)
+    own, trusted = parts[0] == "ldm", allow_foreign is True or (allow_foreign and target in allow_foreign)
+    if not own and not trusted:
+        raise ValueError(f"target '{target}' is outside ldm, and no YAML that you name (--config) has it")
+    if own and not trusted:
+        _refuse_tools(target, parts)
     found = _import(parts[0])
     for i, part in enumerate(parts[1:], start=1):
         found = _step(found, ".".join(parts[:i]), part)
-        if is_package_path(target) and not _is_own(found):
+        if own and _home(found)[0] != "ldm":
             raise ValueError(f"target '{target}': {'.'.join(parts[: i + 1])} is not a part of ldm")
-    if is_package_path(target):
-        if not isinstance(found, type):
-            raise ValueError(f"target '{target}' is a {type(found).__name__}; inside ldm it must be a class")
-        if not allow_foreign:
-            _refuse_tools(target, found.__module__)
-    elif not callable(found):
+    if own and not isinstance(found, type):
+        raise ValueError(f"target '{target}' is a {type(found).__name__}; inside ldm it must be a class")
+    if own and not trusted:
+        _refuse_tools(target, _home(found))
+    if not callable(found):
         raise ValueError(f"target '{target}' is a {type(found).__name__}, which cannot be called")
     return found
 
 
-def _refuse_tools(target: str, path: str) -> None:
-    if any(path == room or path.startswith(room + ".") for room in _TOOLS):
+def _refuse_tools(target: str, home: list[str]) -> None:
+    if _TOOLS.intersection(home[1:2]):
         raise ValueError(f"target '{target}' is a tool around models, not a part of one")
 
 
@@ -87,45 +79,40 @@ def _import(name: str) -> types.ModuleType:
 def _step(parent: Any, parent_path: str, part: str) -> Any:
     if hasattr(parent, part):
         return getattr(parent, part)
-    options = [name for name in getattr(parent, "__dict__", ()) if not name.startswith("_")]
-    if hasattr(parent, "__path__"):
-        submodules = [module.name for module in pkgutil.iter_modules(parent.__path__)]
-        if part in submodules:
-            return _import(f"{parent_path}.{part}")
-        options = submodules + options
-    raise ValueError(f"{parent_path} has no '{part}'" + did_you_mean(part, options, f"{parent_path}."))
+    modules = [module.name for module in pkgutil.iter_modules(getattr(parent, "__path__", ()))]
+    if part in modules:
+        return _import(f"{parent_path}.{part}")
+    names = [name for name in getattr(parent, "__dict__", ()) if not name.startswith("_")]
+    raise ValueError(f"{parent_path} has no '{part}'{did_you_mean(part, modules + names, f'{parent_path}.')}")
 
 
-def _is_own(thing: Any) -> bool:
+def _home(thing: Any) -> list[str]:
+    """The parts of the dotted path of a module, or of the one that defines a thing."""
     name = thing.__name__ if isinstance(thing, types.ModuleType) else getattr(thing, "__module__", None)
-    return isinstance(name, str) and is_package_path(name)
+    return str(name).split(".")
 
 
 def parameters(function: Any) -> dict[str, inspect.Parameter] | None:
     """Keyword parameters of a callable by name; None where any name goes or the signature is unknown."""
-    try:
-        signature = inspect.signature(function, eval_str=True)
-    except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation that cannot be evaluated here
-        signature = inspect.signature(function)
-    except ValueError:  # built in C, no signature
+    found = _signature(function)
+    if found is None or any(p.kind is p.VAR_KEYWORD for p in found.values()):
         return None
-    found = signature.parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found.values()):
-        return None
-    return {n: p for n, p in found.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: p for name, p in found.items() if p.kind in _KEYWORD}
 
 
 def missing_parameters(function: Any, given: Collection[str]) -> list[str]:
     """Names that have no default and are not given, also of a callable that takes any keyword."""
+    needed = {n: p for n, p in (_signature(function) or {}).items() if p.default is p.empty}
+    return [name for name, p in needed.items() if p.kind in _KEYWORD and name not in given]
+
+
+def _signature(function: Any) -> Mapping[str, inspect.Parameter] | None:
     try:
-        signature = inspect.signature(function)
-    except ValueError:
-        return []
-    return [
-        name
-        for name, p in signature.parameters.items()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in given
-    ]
+        return inspect.signature(function, eval_str=True).parameters
+    except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation that cannot be evaluated here
+        return inspect.signature(function).parameters
+    except ValueError:  # built in C, no signature
+        return None
 
 
 def field_types(kind: type) -> dict[str, Any]:

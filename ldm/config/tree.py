@@ -45,22 +45,28 @@ def parts_of(path: str) -> list[str]:
     return re.findall(r"[^.\[\]\s]+", path)
 
 
+def _items(node: Any) -> list[tuple[Any, Any]]:
+    """What a mapping or a list holds, by key or index; nothing for a plain value."""
+    if isinstance(node, Mapping):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, list | ListConfig) else []
+
+
 def entries(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every entry of a tree of dicts and lists, containers too, with its dotted path."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, value in items:
-        yield join(path, name), value
+    """A tree and everything in it, containers too, with their dotted paths."""
+    yield path, node
+    for name, value in _items(node):
         yield from entries(value, join(path, name))
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every value with its dotted path; an empty container and a list of plain values count as one value."""
-    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    items = _items(node)
     if not items or (isinstance(node, list) and not any(isinstance(item, Mapping | list) for item in node)):
         yield path, node
-        return
-    for name, value in items:
-        yield from leaves(value, join(path, name))
+    else:
+        for name, value in items:
+            yield from leaves(value, join(path, name))
 
 
 def keep_places(config: DictConfig, places: Places) -> None:
@@ -73,13 +79,10 @@ def places_of(config: Any) -> Places:
 
 
 def path_of(config: Any) -> str:
-    """The dotted path of a part of a configuration; empty for the whole."""
-    full = config._get_full_key(None) if OmegaConf.is_config(config) else ""
+    """The dotted path of a part of a configuration, or that an OmegaConf error names; empty for the whole."""
+    is_part = OmegaConf.is_config(config)
+    full = config._get_full_key(None) if is_part else getattr(config, "full_key", None)
     return ".".join(parts_of(full or ""))
-
-
-def path_of_error(error: OmegaConfBaseException) -> str:
-    return ".".join(parts_of(getattr(error, "full_key", None) or ""))
 
 
 def locate(places: Places, path: str) -> str:
@@ -99,7 +102,7 @@ def to_plain(config: Any) -> Any:
         try:
             return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            where = locate(places_of(config), path_of_error(error))
+            where = locate(places_of(config), path_of(error))
             raise ConfigError(f"{where}: {reason_of(error)}") from error
     if isinstance(config, Mapping):
         return {name: to_plain(value) for name, value in config.items()}
@@ -121,13 +124,14 @@ def save(config: DictConfig | Mapping, path: str | os.PathLike) -> None:
 def differences(before: DictConfig | Mapping, after: DictConfig | Mapping) -> list[str]:
     """What changed between two configurations, as `path: old -> new`; empty when they say the same."""
     old, new = dict(leaves(to_plain(before))), dict(leaves(to_plain(after)))
-    changed = [path for path in dict.fromkeys([*old, *new]) if not _same(old, new, path)]
-    shown = [[repr(side[path]) if path in side else "(absent)" for side in (old, new)] for path in changed]
-    return [f"{path}: {a} -> {b}" for path, (a, b) in zip(changed, shown, strict=True)]
+    both = old.keys() & new.keys()
+    changed = [p for p in dict.fromkeys([*old, *new]) if p not in both or not _same(old[p], new[p])]
+
+    def shown(side: dict, path: str) -> str:
+        return repr(side[path]) if path in side else "(absent)"
+
+    return [f"{path}: {shown(old, path)} -> {shown(new, path)}" for path in changed]
 
 
-def _same(old: dict, new: dict, path: str) -> bool:
-    if path not in old or path not in new:
-        return False
-    a, b = old[path], new[path]
-    return repr(a) == repr(b) or (a == b and not isinstance(a, bool) and not isinstance(b, bool))
+def _same(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b) or (a == b and bool not in (type(a), type(b)))

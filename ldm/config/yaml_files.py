@@ -8,11 +8,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.config.tree import ConfigError, Places, join, locate, path_of_error, reason_of
-from ldm.wording import did_you_mean
+from ldm.config.tree import ConfigError, Places, join, locate, path_of, reason_of
+from ldm.wording import did_you_mean, some
 
 _MOST_KEYS = 100_000
-_LISTED = 12  # names of files in a message
 
 
 def read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict, Places]:
@@ -36,16 +35,14 @@ def read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict, Places]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        listing = f"; {path.parent} has {', '.join(beside)}" if beside else ""
-        raise ConfigError(f"{path}: no such file{did_you_mean(path.name, beside) or listing}") from None
-    except IsADirectoryError:
-        inside = sorted(str(p.relative_to(path)) for p in [*path.glob("*.y*ml"), *path.glob("*/*.y*ml")])
-        listing = f"one of its files: {', '.join(inside[:_LISTED])}" if inside else "a YAML file"
-        raise ConfigError(f"{path} is a folder; give {listing}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a YAML file ({error})") from error
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: cannot be read as a YAML file ({error})") from error
+        folder = path if path.is_dir() else path.parent
+        files = sorted(str(p.relative_to(folder)) for p in [*folder.glob("*.y*ml"), *folder.glob("*/*.y*ml")])
+        has = f"; {folder} has {some(files, 12)}" if files else ""
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ConfigError(f"{path}: {what}{did_you_mean(path.name, files) or has}") from None
 
 
 def parse(text: str, origin: str) -> tuple[dict, Places]:
@@ -64,7 +61,7 @@ def parse(text: str, origin: str) -> tuple[dict, Places]:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{origin}{line}: not YAML: {reason_of(error)}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{locate(places, path_of_error(error))}: {reason_of(error)}") from error
+        raise ConfigError(f"{locate(places, path_of(error))}: {reason_of(error)}") from error
 
 
 def _scan(node: yaml.Node, path: str, places: Places, above: tuple[yaml.Node, ...]) -> Iterator[str]:

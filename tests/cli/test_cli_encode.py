@@ -72,7 +72,7 @@ def test_a_real_process(runs, images, tmp_path):
     result = run("ldm", "encode", runs / "autoencoder", "images", "--out", "out", "--latents", cwd=tmp_path)
     assert result.status == 1  # for the two, and only for them
     assert "dogs/bad.png: UnidentifiedImageError" in result.err
-    assert "dogs/empty.jpg: empty file (0 bytes)" in result.err
+    assert "dogs/empty.jpg: empty file" in result.err
     assert "error: no reconstruction of 2 images, see above" in result.err
     assert "ignored 1 file of another kind (.txt 1)" in result.err
     out = tmp_path / "out"
@@ -269,7 +269,7 @@ def test_verify(images, cli):
     result = cli("verify", images, "--workers", 0)
     assert result.status == 1
     lines = result.out.splitlines()
-    assert lines[0] == f"{images / 'empty.png'}: empty file (0 bytes)"
+    assert lines[0] == f"{images / 'empty.png'}: empty file"
     assert lines[1].startswith(f"{images / 'dogs' / 'bad.png'}: UnidentifiedImageError")
     assert lines[2] == "2 of 7 images cannot be read"
     result = cli("verify", images / "nowhere")

@@ -69,7 +69,7 @@ def test_missing_file_names_the_near_one(write):
     (found,) = problems(config.load, "zzz.yaml")
     assert "autoencoder.yaml" in found
     (found,) = problems(config.load, ".")
-    assert found == ". is a folder; give one of its files: autoencoder.yaml"
+    assert found == ".: is a folder; . has autoencoder.yaml"
 
 
 def test_open_values_are_listed_together_in_order(write):

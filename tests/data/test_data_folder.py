@@ -116,7 +116,7 @@ def test_links_are_followed_once(tmp_path):
     assert names(dataset) == ["ant/2.png", "cat/1.png", "cat/linked.png"]
     assert dataset.classes == ["ant", "cat"]
     assert dataset.scan.repeated_folders == ["also_cat", "cat/loop"]
-    assert "2 links to folders that are read already" in dataset.summary()
+    assert "2 repeated folders (also_cat" in dataset.summary()
 
 
 def test_the_order_does_not_come_from_the_disk(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_no_images_says_what_was_looked_for(tmp_path):
 def test_empty_files_are_an_error_or_named(tmp_path, caplog):
     put(tmp_path, "a.png")
     (tmp_path / "zero.jpg").touch()
-    with pytest.raises(ValueError, match="1 empty image file .*zero.jpg.*on_error"):
+    with pytest.raises(ValueError, match="1 empty image file: zero.jpg.*on_error"):
         ImageFolder(tmp_path, 8)
     dataset = ImageFolder(tmp_path, 8, on_error="report")
     assert len(dataset) == 1 and "zero.jpg" in caplog.text
@@ -209,8 +209,7 @@ def test_string_tables_hold_any_name(names):
 def test_a_hundred_thousand_paths_take_little_memory():
     paths = [f"class_{i % 100:03d}/image_{i:08d}.jpg" for i in range(100_000)]
     table = StringTable.from_strings(paths)
-    assert table.nbytes == sum(map(len, paths)) + 8 * 100_001
-    assert len(pickle.dumps(table)) < table.nbytes + 1000
+    assert len(pickle.dumps(table)) < sum(map(len, paths)) + 8 * 100_001 + 1000
 
 
 def test_names_without_a_valid_encoding(tmp_path):
@@ -351,7 +350,7 @@ def test_verify_lists_every_bad_file(tmp_path):
     dataset = ImageFolder(tmp_path, 8, on_error="report")
     bad = verify(dataset, num_workers=0, progress=lambda done, total: calls.append((done, total)))
     assert [os.path.basename(path) for path, _ in bad] == ["zero.png", "02.png", "04.png", "float.tif"]
-    assert "0 bytes" in bad[0].reason and "cannot identify" in bad[2].reason and "[0, 1]" in bad[3].reason
+    assert bad[0].reason == "empty file" and "cannot identify" in bad[2].reason and "[0, 1]" in bad[3].reason
     assert calls[-1] == (6, 6)
     for path, _ in bad:
         os.remove(path)

@@ -135,7 +135,7 @@ def test_steps_bound_the_run_not_the_rest_of_it():
     "arguments, message",
     [
         (dict(num_samples=0), "empty"),
-        (dict(batch_size=10, world_size=4), "10 over 4 processes"),
+        (dict(batch_size=10, world_size=4), "multiple of 4 processes, got 10"),
         (dict(batch_size=0), "positive multiple"),
         (dict(rank=2, world_size=2), "rank"),
         (dict(seed=-1), "seed"),

@@ -1,6 +1,7 @@
 """Reading every file of a folder to find the bad ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
@@ -16,9 +17,9 @@ class BadFile(NamedTuple):
     reason: str
 
 
+@dataclass
 class _Check(Dataset):
-    def __init__(self, images: ImageFolder):
-        self.images = images
+    images: ImageFolder
 
     def __getitem__(self, index: int) -> BadFile | None:
         path = self.images.path(index)
@@ -37,12 +38,11 @@ def verify(
     `images` is made with on_error="report" if it may hold empty files; `progress` is called with (files done,
     files in all).
     """
-    bad = [BadFile(path, "empty file (0 bytes)") for path in images.empty_files()]
+    bad, done = [BadFile(path, "empty file") for path in images.empty_files()], 0
     batches = SequentialBatches(len(images), batch_size=16)
-    done = 0
     for found in make_loader(_Check(images), batches, num_workers, pin_memory=False, collate_fn=list):
-        bad += [entry for entry in found if entry is not None]
+        bad += filter(None, found)
         done += len(found)
-        if progress is not None:
+        if progress:
             progress(done, len(images))
     return bad

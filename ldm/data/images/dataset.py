@@ -13,7 +13,6 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.data.loading.order import check_seed
-from ldm.wording import counted
 
 # A sample is asked for by index alone (the plain view) or by (index, position in the run).
 Entry = int | tuple[int, int]
@@ -22,9 +21,7 @@ Entry = int | tuple[int, int]
 def parse_entries(entries: Sequence[Entry], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and positions, int64 (B,) each; an entry without a position gets -1.
 
-    Raises:
-        IndexError: an index outside [0, length).
-        ValueError: a negative position.
+    IndexError for an index outside [0, length), ValueError for a negative position.
     """
     pairs = [entry if isinstance(entry, tuple | list) else (operator.index(entry), -1) for entry in entries]
     indices = np.array([index for index, _ in pairs], dtype=np.int64)
@@ -45,31 +42,18 @@ def check_shape(size: int, channels: int, least: int = 1) -> None:
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
 
 
-def check_validation(validation: float | int) -> float | int:
-    """A share in [0, 1) or a count; ValueError otherwise."""
-    share = isinstance(validation, float) and 0 <= validation < 1
-    count = isinstance(validation, int) and not isinstance(validation, bool) and validation >= 0
-    if not (share or count):
-        raise ValueError(f"validation must be a share in [0, 1) or a number of images, got {validation!r}")
-    return validation
-
-
 def validation_mask(hashes: np.ndarray, validation: float | int) -> np.ndarray:
     """Which samples belong to validation, bool (N,), by their names' hashes uint64 (N,).
 
     A share takes every sample whose hash falls under it: files that are added later move nobody else. A count
-    takes the smallest hashes. Equal hashes stay together. Training always keeps a sample, and validation gets
-    at least one of two or more when `validation` is above 0.
-
-    Raises:
-        ValueError: a count that leaves nothing to train on.
+    takes the smallest hashes, or raises ValueError where that leaves nothing to train on. Equal hashes stay
+    together. Training always keeps a sample; validation gets one of two or more if `validation` is above 0.
     """
     if validation == 0:
         return np.zeros(len(hashes), dtype=bool)
     if isinstance(validation, int):
         if validation >= len(hashes):
-            count = counted(len(hashes), "image")
-            raise ValueError(f"validation={validation} leaves nothing to train on of {count}")
+            raise ValueError(f"validation={validation} leaves nothing to train on, of {len(hashes)} images")
         chosen = hashes <= np.partition(hashes, validation - 1)[validation - 1]
     else:
         chosen = hashes.astype(np.float64) * 2.0**-64 < validation
@@ -95,10 +79,8 @@ def fingerprint_of(*parts: np.ndarray | dict) -> str:
 class StringTable:
     """An immutable list of strings held as one byte buffer and one array of offsets.
 
-    A Python list of a million paths is a million reference counts: a forked worker that only reads them still
-    writes to their pages, and every worker ends with its own copy. Two flat buffers take the bytes of the
-    text plus 8 per string, and pickle as two memory copies. Text that is no valid UTF-8 (file names can be
-    such) survives through the file-system encoding.
+    A forked worker that only reads a Python list of a million paths still writes to their reference counts,
+    and ends with its own copy. File names that are no valid UTF-8 survive by the file-system encoding.
     """
 
     def __init__(self, buffer: np.ndarray, offsets: np.ndarray):
@@ -134,12 +116,7 @@ class StringTable:
         """uint64 (len,): a stable hash of each string, the same on every machine and in every version."""
         return np.array([name_hash(self.bytes_at(i)) for i in range(len(self))], dtype=np.uint64)
 
-    @property
-    def nbytes(self) -> int:
-        return self.buffer.nbytes + self.offsets.nbytes
-
     def save(self, path: Path) -> None:
-        """Write as one .npz file."""
         np.savez(path, buffer=self.buffer, offsets=self.offsets)
 
     @classmethod
@@ -157,15 +134,14 @@ class AddressedDataset(Dataset):
 
     `position` counts samples since the start of the run; what is random in a sample is a pure function of
     (seed, position), and the plain view, at position -1, has nothing random.
-
-    Attributes:
-        classes: names of the classes in the order of their labels, or None.
-        in_memory: whether samples cost no reading, so that worker processes would only slow them down.
     """
 
-    in_memory = False
-    classes: list[str] | None = None
+    in_memory = False  # whether samples cost no reading, so that worker processes would only slow them down
+    classes: list[str] | None = None  # names in the order of their labels
     seed = 0
+
+    def __getitem__(self, entry: Entry) -> dict:
+        return {key: value[0] for key, value in self.__getitems__([entry]).items()}
 
     @property
     def num_classes(self) -> int:
@@ -198,12 +174,15 @@ class ImageDataset(AddressedDataset):
         check_shape(size, channels)
         if not isinstance(flip, bool):
             raise ValueError(f"flip must be true or false, got {flip!r}")
-        self.size = size
-        self.channels = channels
-        self.flip = flip
-        self.validation = check_validation(validation)
+        share = isinstance(validation, float) and 0 <= validation < 1
+        if not share and (isinstance(validation, bool) or not isinstance(validation, int) or validation < 0):
+            raise ValueError(
+                f"validation must be a share in [0, 1) or a number of images, got {validation!r}"
+            )
+        self.size, self.channels, self.flip, self.validation = size, channels, flip, validation
         self.part = "all"
         self.rows = np.arange(count)
+        self._names: StringTable  # what each sample of the whole set is called
         self._labels: np.ndarray | None = None  # int64, of the whole set
 
     def __len__(self) -> int:
@@ -229,17 +208,12 @@ class ImageDataset(AddressedDataset):
         if self.part != "all":
             raise ValueError(f"this dataset is already the {self.part} part")
         view = copy.copy(self)
-        view.part = part
-        view.rows = np.flatnonzero(self._part_mask(part))
+        view.part, view.rows = part, np.flatnonzero(self._part_mask(part))
         return view
 
     def _part_mask(self, part: str) -> np.ndarray:
-        chosen = validation_mask(self._split_hashes(), self.validation)
+        chosen = validation_mask(self._names.hashes(), self.validation)
         return chosen if part == "validation" else ~chosen
-
-    def _split_hashes(self) -> np.ndarray:
-        """uint64 hash of what each sample of the whole set is called."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """64 hex digits that change with the images, the labels, or how the plain view is made."""

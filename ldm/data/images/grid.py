@@ -18,12 +18,8 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be (B, 1 or 3, H, W), got {tuple(images.shape)}")
     # 127.5 (x + 1), rounded: black and white come out as 0 and 255.
-    pixels = (
-        ((images.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .to("cpu", torch.uint8)
-    )
-    pixels = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+    values = (images.detach().float().nan_to_num(nan=-1.0).clamp(-1, 1) + 1) * 127.5
+    pixels = values.round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 

@@ -34,12 +34,11 @@ class ImageFolder(ImageDataset):
 
     Subfolders are read to any depth; the first part of the path names the class, classes are sorted by name.
     A folder that holds both loose images and subfolders with images is taken as one set without classes, with
-    a warning; `layout="classes"` leaves the loose images out instead. What was ignored (files of other kinds,
-    hidden files, broken links) is counted in `summary()`.
+    a warning; `layout="classes"` leaves the loose images out instead. `summary()` counts what was ignored.
 
-    PNG, JPEG, WebP, BMP, TIFF and GIF of any mode become 8-bit RGB: the first frame of an animation, turned
-    upright by EXIF, transparency over `background`, 16 bits scaled down; colour profiles are not applied.
-    Smaller images than `size` are enlarged, with one warning and a count.
+    Any mode becomes 8-bit RGB: the first frame of an animation, turned upright by EXIF, transparency over
+    `background`, 16 bits scaled down; colour profiles are not applied. Images smaller than `size` are
+    enlarged, with one warning and a count.
 
     Args:
         root: the folder; `~` is understood.
@@ -90,24 +89,20 @@ class ImageFolder(ImageDataset):
         if len(crop_scale) != 2 or not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"crop_scale must be two shares, 0 < least <= largest <= 1, got {crop_scale!r}")
         super().__init__(0, size, channels, flip, validation)
-        self.crop = crop
-        self.crop_scale = tuple(crop_scale)
+        self.crop, self.crop_scale = crop, tuple(crop_scale)
         self.background = parse_background(background)
-        self.on_error = on_error
-        self.max_pixels = max_pixels
+        self.on_error, self.max_pixels = on_error, max_pixels
         self.scan = scan_folder(os.fspath(root), extensions)
         if self.scan.empty and on_error == "raise":
-            raise ValueError(
-                f"{self.root} has {counted(len(self.scan.empty), 'empty image file')} (0 bytes): "
-                f"{some(self.scan.empty)}. {self._ways_out()}"
-            )
+            count = counted(len(self.scan.empty), "empty image file")
+            raise ValueError(f"{self.root} has {count}: {some(self.scan.empty)}; {self._ways_out()}")
         self.classes, self._labels = assign_classes(self.scan, layout)
-        count = len(self.scan.paths)
-        self.rows = np.arange(count)
-        # What is known about each file, shared with the worker processes: one byte, set and never cleared, so
-        # that nobody has to lock.
-        self._bad = to_shared(torch.zeros(count, dtype=torch.uint8))
-        self._enlarged = to_shared(torch.zeros(count, dtype=torch.uint8))
+        self._names = self.scan.paths
+        self.rows = np.arange(len(self._names))
+        # Shared with worker processes: one byte a file, set and never cleared, so nobody has to lock.
+        self._bad, self._enlarged = (
+            to_shared(torch.zeros(len(self.rows), dtype=torch.uint8)) for _ in range(2)
+        )
         left_out = self.scan.empty or self.scan.closed_folders
         logger.log(logging.WARNING if left_out else logging.INFO, "%s", self.summary())
 
@@ -117,10 +112,10 @@ class ImageFolder(ImageDataset):
 
     def path(self, index: int) -> str:
         """The file of a sample."""
-        return self._full_path(int(self.rows[index]))
+        return self._full_path(self.rows[index])
 
     def _full_path(self, row: int) -> str:
-        return self.scan.full(self.scan.paths[row])
+        return self.scan.full(self.scan.paths[int(row)])
 
     def empty_files(self) -> list[str]:
         """Image files of zero bytes; they are not among the samples."""
@@ -128,8 +123,9 @@ class ImageFolder(ImageDataset):
 
     def bad_files(self) -> list[str]:
         """Files that turned out unreadable so far, in all worker processes and parts, empty ones included."""
-        unreadable = [self._full_path(int(row)) for row in np.flatnonzero(self._bad.numpy())]
-        return sorted(self.empty_files() + unreadable)
+        return sorted(
+            self.empty_files() + [self._full_path(row) for row in np.flatnonzero(self._bad.numpy())]
+        )
 
     @property
     def enlarged(self) -> int:
@@ -138,35 +134,23 @@ class ImageFolder(ImageDataset):
 
     def summary(self) -> str:
         """One line: what is there, what was ignored, what turned out bad."""
-        text = f"{self.root}: {counted(len(self), 'image')}"
-        if self.part != "all":
-            text += f" for {self.part}"
-        if self.classes:
-            text += f" in {counted(len(self.classes), 'class', 'classes')} ({some(self.classes)})"
-        if ignored := self.scan.ignored():
-            text += f"; ignored {ignored}"
-        if bad := self.bad_files():
-            text += f"; {len(bad)} unreadable ({some(bad)})"
-        if self.enlarged:
-            text += f"; {self.enlarged:,} smaller than {self.size} pixels enlarged"
-        return text
+        classes, ignored, bad = self.classes or [], self.scan.ignored(), self.bad_files()
+        parts = [
+            f" for {self.part}" if self.part != "all" else "",
+            f" in {counted(len(classes), 'class', 'classes')} ({some(classes)})" if classes else "",
+            f"; ignored {ignored}" if ignored else "",
+            f"; {len(bad)} unreadable ({some(bad)})" if bad else "",
+            f"; {self.enlarged:,} smaller than {self.size} pixels enlarged" if self.enlarged else "",
+        ]
+        return f"{self.root}: {counted(len(self), 'image')}" + "".join(parts)
 
     def fingerprint(self) -> str:
-        options = {
-            "kind": "ImageFolder",
-            "version": 1,
-            "size": self.size,
-            "channels": self.channels,
-            "crop": self.crop,
-            "crop_scale": self.crop_scale if self.crop == "random" else None,
-            "background": self.background,
-            "classes": [os.fsencode(name).hex() for name in self.classes] if self.classes else None,
-        }
+        options = {name: getattr(self, name) for name in ("size", "channels", "crop", "background")}
+        options |= {"kind": "ImageFolder", "version": 1}
+        options["crop_scale"] = self.crop_scale if self.crop == "random" else None
+        options["classes"] = [os.fsencode(name).hex() for name in self.classes] if self.classes else None
         paths, sizes, mtimes = self.scan.paths, self.scan.sizes, self.scan.mtimes
         return fingerprint_of(options, paths.buffer, paths.offsets, sizes, mtimes, self.rows)
-
-    def _split_hashes(self) -> np.ndarray:
-        return self.scan.paths.hashes()
 
     @property
     def sample_bytes(self) -> int:
@@ -196,13 +180,11 @@ class ImageFolder(ImageDataset):
                 return self._pixels(row, position), index
             except BadImageError as error:
                 if self.on_error == "raise":
-                    raise BadImageError(f"{error}. {self._ways_out()}") from error
+                    raise BadImageError(f"{error}; {self._ways_out()}") from error
                 self._report_bad(row, error)
             index = int(hash64(0, "replacement", first, attempt)[0] % np.uint64(len(self)))
-        raise BadImageError(
-            f"no readable image in {_MAX_REPLACEMENTS} tries, the last was {self._full_path(row)}: "
-            f"is the folder {self.root} still there?"
-        )
+        last = self._full_path(row)
+        raise BadImageError(f"no readable image in {_MAX_REPLACEMENTS} tries under {self.root}, last {last}")
 
     def _pixels(self, row: int, position: int) -> torch.Tensor:
         """uint8 (channels, size, size) of a file."""
@@ -225,16 +207,10 @@ class ImageFolder(ImageDataset):
 
     def _report_enlarged(self, row: int, size: tuple[int, int]) -> None:
         if not self._enlarged.numpy().any():
-            logger.warning(
-                "%s is %dx%d, smaller than size=%d, and is enlarged, as are others like it (told once)",
-                self._full_path(row),
-                *size,
-                self.size,
-            )
+            said = "%s is %dx%d, smaller than size=%d, and is enlarged, as are others like it (told once)"
+            logger.warning(said, self._full_path(row), *size, self.size)
         self._enlarged[row] = 1
 
     def _ways_out(self) -> str:
-        return (
-            f"`ldm verify {shlex.quote(self.root)}` lists all such files; "
-            "data.params.on_error=report goes on without them"
-        )
+        verify = f"`ldm verify {shlex.quote(self.root)}`"
+        return f"{verify} lists all such files; data.params.on_error=report goes on without them"

@@ -12,8 +12,8 @@ from ldm.data.loading.order import uniform01
 # Pillow's own hard limit (twice MAX_IMAGE_PIXELS): a small file can claim a size that fills the memory.
 MAX_PIXELS = 178_956_970
 
-# How much larger than its target an image stays after the cheap part of a reduction (DCT scaling of a JPEG,
-# whole-number box averages). At 3 the result agrees with one exact resize to 54 dB, about 8-bit rounding.
+# How much larger than its target an image stays after the cheap part of a reduction: at 3 the result agrees
+# with one exact resize to 54 dB, about 8-bit rounding.
 _REDUCING_GAP = 3.0
 
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -40,7 +40,7 @@ class Decoded(NamedTuple):
     """A decoded file, as stored: the turn to upright is cheaper for the part that is wanted.
 
     image: in its own mode, possibly decoded at a fraction of its size.
-    shrink: by how much, exactly; the last column and row of a shrunk image may stand for less than a pixel.
+    shrink: by how much, exactly.
     stored_size: (width, height) at full size.
     orientation: EXIF's number, 1 to 8.
     """
@@ -70,8 +70,7 @@ class Decoded(NamedTuple):
 
     def turned(self, part: Image.Image) -> Image.Image:
         """A part of `image`, turned upright."""
-        turn = _TURNS.get(self.orientation)
-        return part if turn is None else part.transpose(turn)
+        return part if self.orientation == 1 else part.transpose(_TURNS[self.orientation])
 
 
 def read_image(path: str, shrink_to: int | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
@@ -85,7 +84,7 @@ def read_image(path: str, shrink_to: int | None = None, max_pixels: int = MAX_PI
     Raises:
         BadImageError: the file is missing, truncated, too large or no image; names the file and the reason.
     """
-    # Pillow has one limit for the whole process; it follows when someone asks for more, and never goes down.
+    # Pillow has one limit for the whole process; it follows when someone asks for more.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -102,9 +101,7 @@ def read_image(path: str, shrink_to: int | None = None, max_pixels: int = MAX_PI
             raise  # this machine's trouble, not the file's
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, Image.DecompressionBombError):
-            reason = (
-                f"{error}, more than max_pixels={max_pixels}: raise it if the image is meant to be so large"
-            )
+            reason = f"{error}, more than max_pixels={max_pixels}"
         raise BadImageError(f"{path}: {reason}") from error
 
 
@@ -160,8 +157,9 @@ def _deep_to_8bit(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     kind, top = ("float", 1) if image.mode == "F" else ("integer", 65535)
     if not (low >= 0 and high <= top):  # also refuses NaN
-        span = "[0, 1]" if kind == "float" else "0..65535"
-        raise ValueError(f"{kind} image with values in [{low}, {high}]: only {span} has a defined brightness")
+        raise ValueError(
+            f"{kind} image with values in [{low}, {high}]: only [0, {top}] has a defined brightness"
+        )
     # 65535 / 255 = 257, rounded to the nearest
     grey = np.rint(values * 255.0) if kind == "float" else (values.astype(np.uint32) + 128) // 257
     result = Image.fromarray(grey.astype(np.uint8))
@@ -179,8 +177,7 @@ def square_box(
     Args:
         crop: "center" takes the largest square of the middle. "random" takes a square whose side is a random
             share, within crop_scale, of the shorter side, at a random place (guided-diffusion's random crop,
-            which uses 0.8 to 1); it does not go under `size` pixels where the image has them, so that
-            cropping alone never enlarges.
+            which uses 0.8 to 1), but not under `size` pixels where the image has them.
         seed, position: address of the randomness; position < 0 asks for the plain view, the centre.
     """
     shorter = min(width, height)
@@ -197,9 +194,8 @@ def square_box(
 def cut_square(decoded: Decoded, box: Box, size: int, background: Colour = (255, 255, 255)) -> Image.Image:
     """A square box of the upright image, antialiased to (size, size) RGB.
 
-    Pillow's bicubic widens its kernel with the reduction, so it averages all pixels instead of picking some,
-    and overshoots at edges less than Lanczos. Large reductions first average whole blocks (the idea of
-    guided-diffusion's repeated halving, in one step and for any factor).
+    Pillow's bicubic widens its kernel with the reduction, so it averages all pixels, and overshoots at edges
+    less than Lanczos. Large reductions first average whole blocks, as guided-diffusion's repeated halving.
     """
     image, stored = to_rgb(decoded.image, background), decoded.stored_box(box)
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=stored, reducing_gap=_REDUCING_GAP)

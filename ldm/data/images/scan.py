@@ -28,46 +28,43 @@ class Scan:
     sizes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # bytes
     mtimes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # nanoseconds
     empty: list[str] = field(default_factory=list)  # images of zero bytes
-    other: Counter = field(default_factory=Counter)  # extension -> number of files that are no images
-    hidden: int = 0  # files and folders whose name starts with a dot
     broken_links: list[str] = field(default_factory=list)  # or sockets, pipes, ... named like images
     repeated_folders: list[str] = field(default_factory=list)  # links to a folder that is read anyway
     closed_folders: list[str] = field(default_factory=list)  # folders that may not be read
+    other: Counter = field(default_factory=Counter)  # extension -> number of files that are no images
+    hidden: int = 0  # files and folders whose name starts with a dot
     loose: int = 0  # images beside class folders, left out by layout="classes"
 
     def full(self, path: str) -> str:
         return os.path.join(self.root, *path.split("/"))
 
+    def unreadable(self) -> dict[str, list[str]]:
+        """The paths of what cannot be read, by what is wrong with it."""
+        return {
+            "empty file": self.empty,
+            "broken link": self.broken_links,
+            "repeated folder": self.repeated_folders,
+            "closed folder": self.closed_folders,
+        }
+
     def ignored(self) -> str:
         """What was left out, in words; empty when nothing was."""
-        parts = []
-        if self.loose:
-            parts.append(f"{counted(self.loose, 'image')} beside the class folders")
-        if self.other:
-            kinds = ", ".join(f"{ext or 'no extension'} {count}" for ext, count in self.other.most_common(5))
-            count = self.other.total()
-            parts.append(f"{counted(count, 'file of another kind', 'files of other kinds')} ({kinds})")
-        if self.hidden:
-            parts.append(f"{self.hidden} hidden")
-        named = {
-            ("empty file", "empty files"): self.empty,
-            ("broken link or special file", "broken links or special files"): self.broken_links,
-            (
-                "link to a folder that is read already",
-                "links to folders that are read already",
-            ): self.repeated_folders,
-            ("folder that may not be read", "folders that may not be read"): self.closed_folders,
-        }
-        parts += [f"{counted(len(names), *words)} ({some(names)})" for words, names in named.items() if names]
-        return ", ".join(parts)
+        kinds = ", ".join(f"{ext or 'no extension'} {count}" for ext, count in self.other.most_common(5))
+        others = counted(self.other.total(), "file of another kind", "files of other kinds")
+        parts = [
+            f"{counted(self.loose, 'image')} beside the class folders" if self.loose else "",
+            f"{others} ({kinds})" if self.other else "",
+            f"{self.hidden} hidden" if self.hidden else "",
+            *(f"{counted(len(p), what)} ({some(p)})" for what, p in self.unreadable().items() if p),
+        ]
+        return ", ".join(filter(None, parts))
 
 
 def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
-    """List the images under `root`, in all subfolders.
+    """List the images under `root`, in all subfolders; nothing is opened.
 
     Links are followed. Every folder is read once, by its own path rather than through a link where it has one
-    below the root, so that loops end and no image is listed twice. Nothing is opened: a million files take
-    the time of a million `stat` calls. Progress goes to the log every few seconds.
+    below the root, so that loops end and no image is listed twice.
 
     Raises:
         ValueError: `root` is missing or no folder, or holds no image; says what was looked for and found.
@@ -111,7 +108,7 @@ def scan_folder(root: str, extensions: Iterable[str] = EXTENSIONS) -> Scan:
             logged = time.monotonic()
             found = f"{counted(len(records), 'image')} in {counted(len(visited), 'folder')}"
             logger.info("scanning %s: %s so far", root, found)
-    for names in (records, scan.empty, scan.broken_links, scan.repeated_folders, scan.closed_folders):
+    for names in (records, *scan.unreadable().values()):
         names.sort()
     if not records:
         raise ValueError(
@@ -146,11 +143,8 @@ def _sorted_out(
 def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarray | None]:
     """Names of the classes, sorted, and the label of each path, int64 (N,); None, None without classes.
 
-    The class of a path is its first part. With layout "classes", loose images are removed from `scan`; with
-    "auto", loose images beside subfolders make the whole a set without classes, and the log says so.
-
-    Raises:
-        ValueError: layout "classes" without any image in a subfolder.
+    The class of a path is its first part. With layout "classes", loose images are removed from `scan` (and
+    ValueError raised where there are no others); with "auto", they make the whole a set without classes.
     """
     if layout == "flat":
         return None, None
@@ -160,13 +154,9 @@ def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarra
     loose = np.array([not first for first in firsts])
     if layout == "auto" and loose.any():
         if names:
-            logger.warning(
-                "%s holds both loose images (%d) and subfolders with images (%d): all are used, without "
-                'classes; layout="classes" leaves the loose images out, layout="flat" ends this warning',
-                scan.root,
-                loose.sum(),
-                len(names),
-            )
+            both = f"both loose images ({loose.sum()}) and subfolders with images ({len(names)})"
+            ways = 'layout="classes" leaves the loose images out, layout="flat" ends this warning'
+            logger.warning("%s holds %s: all are used, without classes; %s", scan.root, both, ways)
         return None, None
     if not names:
         raise ValueError(f'layout="classes" needs one subfolder a class, {scan.root} has only loose images')
@@ -178,9 +168,6 @@ def assign_classes(scan: Scan, layout: str) -> tuple[list[str] | None, np.ndarra
         scan.loose = int(loose.sum())
     classes = [os.fsdecode(name) for name in names]
     if {name.lower() for name in classes} <= _PARTS:
-        logger.warning(
-            "the classes of %s are called %s, like the parts of a dataset: is one of them the root?",
-            scan.root,
-            some(classes),
-        )
+        said = "the classes of %s are called %s, like the parts of a dataset: is one of them the root?"
+        logger.warning(said, scan.root, some(classes))
     return classes, labels

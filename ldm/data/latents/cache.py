@@ -25,16 +25,14 @@ _DTYPES = ("auto", "float32", "float16")
 
 
 class LatentCache:
-    """The latents of a dataset in memory-mapped shards.
+    """The latents of a dataset in memory-mapped shards, in a folder that is complete or not there.
 
     A row holds an image's posterior mean and standard deviation, for each orientation: (O, M, c, h, w) with O
     = 2 when the dataset mirrors, and M = 1 for a first stage without spread (std all zero). `manifest.json`
-    says what the latents were made from; the whole folder appears by a rename, so a cache is complete or not
-    there.
+    says what the latents were made from.
 
-    float16 rounds each value by at most 2^-11 (0.05 %) of itself, or 2^-25 where that is more, far below what
-    a decoder shows; float32 makes cached training equal to encoding on the fly. "auto" is float32 up to 1
-    GiB, float16 beyond.
+    float16 rounds each value by at most 2^-11 (0.05 %) of itself, or 2^-25 where that is more; float32 makes
+    cached training equal to encoding on the fly. "auto" is float32 up to 1 GiB, float16 beyond.
 
     Attributes:
         shape: (c, h, w) of a latent.
@@ -42,8 +40,7 @@ class LatentCache:
         flips: whether both orientations are held.
         beside: what the samples have beside their latents, by key: labels, captions, what was asked for.
         classes: names of the labels, or None.
-        latent_mean, latent_std: float32 (c,), statistics of sampled latents (see `ChannelStatistics`), taken
-            before rounding and over all orientations.
+        latent_mean, latent_std: float32 (c,), see `ChannelStatistics`; before rounding, all orientations.
         fingerprint: 64 hex digits of what the latents were made from.
     """
 
@@ -88,8 +85,7 @@ class LatentCache:
 
         Args:
             dataset: an `ImageDataset` with centre crops, whose plain view is encoded.
-            moments_fn: see `MomentsFn`, with images on the CPU. Moving to a device, autocast and no_grad are
-                its own affair.
+            moments_fn: gets images on the CPU.
             directory: becomes the cache; a lock file `.<name>.lock` stays beside it.
             first_stage: fingerprint of the encoder, its weights and precision.
             flips: hold both orientations; None asks `dataset.flip`.
@@ -106,13 +102,8 @@ class LatentCache:
         directory = Path(directory)
         flips = getattr(dataset, "flip", False) if flips is None else flips
         _check_request(dataset, first_stage, dtype, shard_bytes)
-        made_from = {
-            "version": VERSION,
-            "images": dataset.fingerprint(),
-            "first_stage": first_stage,
-            "flips": flips,
-            "dtype": dtype,
-        }
+        made_from = {"version": VERSION, "images": dataset.fingerprint(), "first_stage": first_stage}
+        made_from |= {"flips": flips, "dtype": dtype}
         if more := sorted({*beside} - {"label", "caption"}):
             made_from["beside"] = more
         with locked(directory.with_name(f".{directory.name}.lock"), wait=True) as alone:
@@ -134,11 +125,7 @@ class LatentCache:
 
     @classmethod
     def open(cls, directory: str | Path) -> "LatentCache":
-        """Open a cache, whatever it was made from.
-
-        Raises:
-            ValueError: there is none, or a file of it is missing or has the wrong size.
-        """
+        """Open a cache, whatever it was made from; ValueError where there is none or a file is damaged."""
         directory = Path(directory)
         manifest, problem = _read_manifest(directory)
         if problem:
@@ -148,8 +135,8 @@ class LatentCache:
     def read(
         self, indices: np.ndarray, mirrored: np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and std, float32 (B, c, h, w) each, of `indices` (B,); `mirrored`, bool (B,), says
-        which are wanted mirrored, and only a cache with `flips` has them."""
+        """Posterior mean and std, float32 (B, c, h, w) each, of `indices` (B,), where `mirrored` (bool (B,))
+        of the mirror image; ValueError where the cache has none."""
         indices = np.asarray(indices, dtype=np.int64)
         mirrored = np.zeros(len(indices), dtype=bool) if mirrored is None else mirrored
         if mirrored.any() and not self.flips:
@@ -167,7 +154,7 @@ class LatentCache:
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
             path = self.directory / self.manifest["shards"][shard]
-            self._maps[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._maps[shard] = np.load(path, mmap_mode="r")
         return self._maps[shard]
 
     def __getstate__(self) -> dict:
@@ -180,17 +167,14 @@ class LatentCache:
 class LatentDataset(AddressedDataset):
     """Samples of a cache: dict(mean, std, index, position), and what the cache has beside the latents.
 
-    The flip is the pure function of (seed, position) that the images use. mean and std are float32 (c, h, w).
-    Batches are read at once.
+    mean and std are float32 (c, h, w), mirrored where the images of the same seed and position would be.
     """
 
     in_memory = True  # as good as: the system keeps the mapped files in memory
 
     def __init__(self, cache: LatentCache):
-        self.cache = cache
-        self.classes = cache.classes
+        self.cache, self.classes, self.flip = cache, cache.classes, cache.flips
         self.labels = cache.beside.get("label")
-        self.flip = cache.flips
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -203,19 +187,14 @@ class LatentDataset(AddressedDataset):
     def fingerprint(self) -> str:
         return self.cache.fingerprint
 
-    def __getitem__(self, entry: Entry) -> dict:
-        return {key: value[0] for key, value in self.__getitems__([entry]).items()}
-
     def __getitems__(self, entries: list[Entry]) -> dict:
         indices, positions = parse_entries(entries, len(self))
         mean, std = self.cache.read(indices, flip_mask(self.seed, positions) if self.flip else None)
         batch = {"mean": mean, "std": std}
         batch |= {"index": torch.from_numpy(indices), "position": torch.from_numpy(positions)}
         for key, values in self.cache.beside.items():
-            if isinstance(values, StringTable):
-                batch[key] = [values[int(index)] for index in indices]
-            else:
-                batch[key] = torch.from_numpy(values[indices])
+            texts = isinstance(values, StringTable)
+            batch[key] = [values[i] for i in indices] if texts else torch.from_numpy(values[indices])
         return batch
 
 
@@ -233,9 +212,7 @@ def _load_beside(path: Path) -> np.ndarray | StringTable:
 
 def _check_request(dataset: Dataset, first_stage: str, dtype: str, shard_bytes: int) -> None:
     if getattr(dataset, "crop", "center") == "random":
-        raise ValueError(
-            'random crops cannot be cached, each is seen once: set crop="center", or cache=false'
-        )
+        raise ValueError('random crops cannot be cached: set crop="center", or cache=false')
     if dtype not in _DTYPES:
         raise ValueError(f"dtype of a latent cache must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if not isinstance(first_stage, str) or not first_stage:
@@ -267,41 +244,33 @@ def _read_manifest(directory: Path) -> tuple[dict, str]:
             found = file.stat().st_size if file.is_file() else "missing"
             if found != size:
                 return {}, f"{name} is damaged ({found} instead of {size} bytes)"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
     return manifest, ""
 
 
 def _differences(old: dict, new: dict) -> str:
     words = {"images": "the images or how they are cropped", "first_stage": "the first stage"}
-    keys = [key for key in new if old.get(key) != new[key]]
-    changed = [words.get(key, f"{key} ({old.get(key)} -> {new[key]})") for key in keys]
+    changed = [
+        words.get(key, f"{key} ({old.get(key)} -> {new[key]})") for key in new if old.get(key) != new[key]
+    ]
     return f"changed since the last time: {', '.join(changed)}" if changed else ""
 
 
 def other_caches(directory: Path, images: str) -> dict[Path, int]:
     """Folders beside `directory` with latents of the data set of this fingerprint, and their bytes."""
     found = {}
-    for file in sorted(directory.parent.glob(f"*/{MANIFEST}")):
-        if file.parent == directory:
-            continue
-        try:
-            manifest = json.loads(file.read_text())
-            if manifest["made_from"]["images"] == images:
-                found[file.parent] = sum(manifest["files"].values()) + file.stat().st_size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # damaged, or something else by that name
+    for folder in sorted(file.parent for file in directory.parent.glob(f"*/{MANIFEST}")):
+        manifest, problem = _read_manifest(folder)
+        if not problem and folder != directory and manifest["made_from"]["images"] == images:
+            found[folder] = sum(file.stat().st_size for file in folder.iterdir())
     return found
 
 
 def _tell_other_caches(directory: Path, images: str) -> None:
-    """One line about what older caches of the same images take; nothing is deleted."""
     if found := other_caches(directory, images):
-        logger.info(
-            "older latents of these images, by other first stages or settings, take %.2f GB in %s under %s "
-            "(%s): delete what no run needs any more",
-            sum(found.values()) / 1e9,
-            counted(len(found), "folder"),
-            directory.parent,
-            some([path.name for path in found]),
+        taken = (
+            f"{sum(found.values()) / 1e9:.2f} GB in {counted(len(found), 'folder')} under {directory.parent}"
         )
+        names = some([path.name for path in found])
+        logger.info("older latents of these images take %s (%s); delete what no run needs", taken, names)

@@ -15,7 +15,7 @@ from ldm.files import check_space, whole_file
 
 MANIFEST = "manifest.json"
 _EXACT_BELOW = 1 << 30  # "auto" keeps float32 up to this many bytes
-_ADVICE = 'Ways out: dtype="float16", another folder, or cache=false to encode on the fly.'
+_ADVICE = 'Ways out: dtype="float16", another folder, or cache=false.'
 
 
 def encode_into(
@@ -29,9 +29,8 @@ def encode_into(
 ) -> None:
     """Fill `folder` with shards, what stands beside the latents and, last, the manifest.
 
-    Args:
-        loader: yields the plain view of `dataset`, in order.
-        made_from: what makes the latents what they are; holds "flips", "dtype" and perhaps "beside".
+    `loader` yields the plain view of `dataset`, in order; `made_from` is what makes the latents what they
+    are, with "flips", "dtype" and perhaps "beside".
     """
     count, flips = len(dataset), made_from["flips"]
     statistics, writer = ChannelStatistics(), None
@@ -51,11 +50,8 @@ def encode_into(
         for key in beside.keys() & batch.keys():
             beside[key].extend(batch[key])
     writer.close()
-    lacks = [key for key in made_from.get("beside", ()) if not beside[key]]
-    if lacks:
-        raise ValueError(
-            f"the data set's samples have no {', '.join(lacks)}, only {', '.join(sorted(batch))}"
-        )
+    if lacks := [key for key in made_from.get("beside", ()) if not beside[key]]:
+        raise ValueError(f"the samples have no {', '.join(lacks)}, only {', '.join(sorted(batch))}")
     files = {key: _save_beside(folder, key, values) for key, values in beside.items() if values}
     manifest = {
         "made_from": made_from,
@@ -89,9 +85,8 @@ def _save_beside(folder: Path, key: str, values: list) -> str:
 class ShardWriter:
     """`count` rows of one shape, appended to shard-00000.npy and so on in `folder`.
 
-    A shard has as many whole rows as fit into `shard_bytes`, at least one. The files are written as streams
-    rather than through memory maps: on a full disk a write fails with a message, a store into a map kills the
-    process.
+    A shard has as many whole rows as fit into `shard_bytes`, at least one. The files are written as streams:
+    on a full disk a write fails with a message, a store into a memory map kills the process.
 
     Raises:
         ValueError: the disk has no room for all rows, or a value does not fit into the type.
@@ -111,8 +106,8 @@ class ShardWriter:
 
     def append(self, rows: torch.Tensor) -> None:
         """Add rows, float32 (n, *row_shape)."""
-        if self.dtype == np.float16 and rows.abs().max() > np.finfo(np.float16).max:
-            most = rows.abs().max()
+        most = rows.abs().max()
+        if self.dtype == np.float16 and most > np.finfo(np.float16).max:
             raise ValueError(f'latents reach {most:g}, more than float16 holds: set dtype="float32"')
         rows = rows.numpy().astype(self.dtype)
         while len(rows):

@@ -11,6 +11,7 @@ from ldm.data.loading.order import SequentialBatches, permuted
 
 # images (B, C, H, W) in [-1, 1] -> mean and std of their latents (B, c, h, w); std None for "no spread".
 MomentsFn = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+Moments = tuple[torch.Tensor, torch.Tensor]
 Progress = Callable[[int, int], None]  # images done, images in all
 
 
@@ -18,8 +19,7 @@ class ChannelStatistics:
     """Mean and spread of each channel of SAMPLED latents z = mean + std * noise, accumulated in float64.
 
     By the law of total variance var(z) = var(mean) + E[std^2]; no noise has to be drawn. Batches are merged
-    with the pairwise formula of Chan, Golub and LeVeque (1983), which does not cancel as a sum of squares
-    would.
+    by Chan, Golub and LeVeque (1983), who do not cancel as a sum of squares would.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def _by_channel(values: torch.Tensor) -> torch.Tensor:
 
 def encoded(
     batches: Iterable[dict], moments_fn: MomentsFn, count: int, flips: bool, progress: Progress | None
-) -> Iterator[tuple[dict, list[tuple[torch.Tensor, torch.Tensor]]]]:
+) -> Iterator[tuple[dict, list[Moments]]]:
     """Each batch, with `_moments` of its images and, with `flips`, of their mirror images."""
     done = 0
     for batch in batches:
@@ -72,27 +72,21 @@ def encoded(
         indices = batch.get("index", torch.arange(done, done + len(images)))
         yield batch, [_moments(moments_fn, view, indices) for view in views]
         done += len(images)
-        if progress is not None:
+        if progress:
             progress(done, count)
 
 
-def _moments(
-    moments_fn: MomentsFn, images: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(moments_fn: MomentsFn, images: torch.Tensor, indices: torch.Tensor) -> Moments:
     """Mean and std, float32 (B, c, h, w) on the CPU; a std of None is 0."""
     mean, std = moments_fn(images)
     mean = mean.detach().float().cpu()
     std = torch.zeros_like(mean) if std is None else std.detach().float().cpu()
     if len(mean) != len(images) or std.shape != mean.shape:
-        raise ValueError(
-            f"moments_fn gave mean {tuple(mean.shape)} and std {tuple(std.shape)} for {len(images)} images: "
-            "both must be (B, c, h, w)"
-        )
-    bad = ~(mean.isfinite() & std.isfinite()).flatten(1).all(1)
-    if bad.any():
-        raise ValueError(
-            f"the first stage gave latents that are not finite for images {indices[bad].tolist()}"
-        )
+        shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
+        raise ValueError(f"moments_fn gave {shapes} for {len(images)} images: both must be (B, c, h, w)")
+    bad = indices[~(mean.isfinite() & std.isfinite()).flatten(1).all(1)].tolist()
+    if bad:
+        raise ValueError(f"the first stage gave latents that are not finite for images {bad}")
     return mean, std
 
 

@@ -15,14 +15,13 @@ from ldm.data.loading.workers import (
     LOOK_AFTER,
     MORE,
     SHARED_MEMORY,
+    WITHOUT,
     WorkerSide,
     WorkersLoader,
-    as_it_is,
     free_bytes,
     megabytes,
     start_worker,
 )
-from ldm.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +29,7 @@ _MAX_WORKERS = 8
 _SMALL_TENSORS = 16 << 10  # index, position and label of a batch take a page each
 _IN_HAND = 2  # batches that have arrived and are being copied
 _SHARE = 2  # "auto" takes at most this part of the free shared memory: validation comes beside training
-
-_told: set[str] = set()
+_told: set[bool] = set()  # of little room: to those who left the number to us, to those who asked for one
 
 
 def available_cpus() -> int:
@@ -51,8 +49,7 @@ def worker_count(dataset: Dataset, ranks_on_node: int | None = None) -> int:
 
     None for data that lies in memory: handing it over costs more than making it. Otherwise this rank's share
     of the cores, at most 8: all but one when a GPU does the training, half of them when the cores do.
-
-    `ranks_on_node`: training processes on this machine; None asks LOCAL_WORLD_SIZE, else takes 1.
+    `ranks_on_node` training processes share a machine; None asks LOCAL_WORLD_SIZE, else takes 1.
     """
     if getattr(dataset, "in_memory", False):
         return 0
@@ -67,12 +64,10 @@ def _ranks(ranks_on_node: int | None) -> int:
 
 
 def start_method() -> str | None:
-    """How to start workers: "fork" while that is safe, else "forkserver", the platform's way elsewhere
-    (None).
+    """How to start workers: "fork" while that is safe, else "forkserver"; None (the default) off Linux.
 
     A forked process inherits the locks that other threads hold and a CUDA context it must not touch. The fork
-    server is a clean process that has the imports done, so it starts workers nearly as fast; it needs the
-    main script to be importable (`if __name__ == "__main__":`).
+    server is a clean process; it needs the main script to be importable (`if __name__ == "__main__":`).
     """
     if sys.platform != "linux":
         return None
@@ -87,52 +82,23 @@ def batch_bytes(dataset: Dataset, batch_sampler: Sampler) -> int:
 
 
 def needed_bytes(batch: int, workers: int, prefetch: int) -> int:
-    """Most that is in use at once."""
     return batch * (workers * prefetch + _IN_HAND)
 
 
-def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int) -> int:
-    """At most `workers`, so many that their batches take no more than half of what a process has; says so
-    once where these are fewer."""
+def workers_that_fit(workers: int, batch: int, prefetch: int, ranks: int, share: int = _SHARE) -> int:
+    """At most `workers`, so few that their batches take no more than 1 / `share` of what a process has."""
     free = free_bytes()
-    if not workers or not batch or free is None:
+    if not batch or free is None:
         return workers
-    room = free // ranks // _SHARE
-    fit = max(0, min(workers, (room // batch - _IN_HAND) // prefetch))
-    if fit < workers:
-        _tell_once(
-            "fewer",
-            f"{fit} instead of {workers} worker processes read images: all would take up to "
-            f"{megabytes(ranks * needed_bytes(batch, workers, prefetch))} of shared memory, as much again in "
-            f"validation, and {SHARED_MEMORY} has {megabytes(free)} free; {MORE}",
-        )
-    return fit
-
-
-def _warn_unless_fitting(workers: int, batch: int, prefetch: int, ranks: int) -> None:
-    """Say once that a number of workers that somebody asked for needs more than there is."""
-    free, needed = free_bytes(), ranks * needed_bytes(batch, workers, prefetch)
-    if workers and batch and free is not None and needed > free:
-        _tell_once(
-            "asked",
-            f"{counted(workers, 'worker process', 'worker processes')} may need {megabytes(needed)} of "
-            f"shared memory, {SHARED_MEMORY} has {megabytes(free)} free, and the run stops without room; "
-            f"training.workers=0 (--workers 0) works without it; {MORE}",
-        )
-
-
-def _tell_once(topic: str, text: str) -> None:
-    if topic not in _told:
-        _told.add(topic)
-        logger.warning("%s", text)
+    return max(0, min(workers, (free // ranks // share // batch - _IN_HAND) // prefetch))
 
 
 def collate(samples: dict | list[dict]) -> dict:
     """A batch of samples: tensors stacked along a new first axis, anything else as a list.
 
-    Datasets with `__getitems__` hand over whole batches, which pass through.
+    What datasets with `__getitems__` hand over is a whole batch, which passes through.
     """
-    if isinstance(samples, dict):
+    if not isinstance(samples, list):
         return samples
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     return {k: torch.stack(v) if isinstance(v[0], torch.Tensor) else v for k, v in batch.items()}
@@ -157,8 +123,7 @@ def make_loader(
         batch_sampler: yields lists of entries, for instance a `PositionSampler`.
         num_workers: worker processes, or "auto" (`worker_count`, as far as shared memory has room).
         pin_memory: page-locked batches for fast copies to a GPU; "auto" when there is one.
-        multiprocessing_context: "fork", "spawn", "forkserver", None (Python's default) or "auto"
-            (`start_method`).
+        multiprocessing_context: Python's names, None (its default) or "auto" (`start_method`).
         prefetch: batches that each worker keeps ready.
         ranks_on_node: training processes on this machine, see `worker_count`.
         collate_fn: makes a batch of a list of samples.
@@ -168,12 +133,22 @@ def make_loader(
     """
     compact = hasattr(dataset, "compact") and collate_fn is collate
     batch, ranks = batch_bytes(dataset, batch_sampler), _ranks(ranks_on_node)
-    if num_workers == "auto":
-        num_workers = workers_that_fit(worker_count(dataset, ranks), batch, prefetch, ranks)
+    auto = num_workers == "auto"
+    if auto:
+        num_workers = worker_count(dataset, ranks)
     elif isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise ValueError(f'num_workers must be "auto" or a count of processes, got {num_workers!r}')
-    else:
-        _warn_unless_fitting(num_workers, batch, prefetch, ranks)
+    fit = workers_that_fit(num_workers, batch, prefetch, ranks, _SHARE if auto else 1)
+    if fit < num_workers and auto not in _told:
+        _told.add(auto)
+        needed = megabytes(ranks * needed_bytes(batch, num_workers, prefetch))
+        said = (
+            f"{num_workers} worker processes may need {needed} of shared memory, as many again in validation"
+        )
+        way = f"{fit} start instead" if auto else WITHOUT
+        free = megabytes(free_bytes())
+        logger.warning("%s, and %s has %s free: %s; %s", said, SHARED_MEMORY, free, way, MORE)
+    num_workers = fit if auto else num_workers
     options = dict(
         batch_sampler=batch_sampler,
         pin_memory=torch.cuda.is_available() if pin_memory == "auto" else pin_memory,
@@ -188,7 +163,7 @@ def make_loader(
         context.set_forkserver_preload(["ldm.data"])
     return WorkersLoader(
         WorkerSide(dataset, collate_fn, compact),
-        collate_fn=as_it_is,
+        collate_fn=collate,
         num_workers=num_workers,
         multiprocessing_context=context,
         worker_init_fn=start_worker,

@@ -2,8 +2,7 @@
 
 A number is a hash of its address, such as (seed, stream, position of the sample in the run), so one integer
 resumes a run. The mixer is the finalizer of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014, with Stafford's constants); on whole numpy arrays a batch costs as much as a
-sample.
+number generators", OOPSLA 2014, with Stafford's constants).
 """
 
 import zlib
@@ -15,8 +14,7 @@ from torch.utils.data import Sampler
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Half-rounds of the Feistel network. Four hide the order when the halves are large (Luby and Rackoff 1988);
-# the halves of a few samples are so small that they need many more before every index is as likely in every
-# place.
+# small halves need many more before every index is as likely in every place.
 _HALF_ROUNDS, _HALF_ROUNDS_SMALL, _SMALL = 8, 24, 10_000
 _BLOCK = 8192  # samples whose order is computed at once: numpy's calls cost more than a few numbers
 
@@ -68,7 +66,7 @@ def permuted(slots: np.ndarray, num_samples: int, seed: int, epochs: np.ndarray 
 
     A Feistel network over Z_a x Z_b with a * b just above num_samples, whose outputs beyond num_samples are
     sent through it again until they fall inside ("cycle walking", Black and Rogaway 2002). Nothing is stored,
-    so any slot of any epoch costs the same few multiplications, whatever the size of the dataset.
+    so any slot of any epoch costs the same, whatever the size of the dataset.
 
     Args:
         slots: integers (B,) in [0, num_samples).
@@ -110,10 +108,8 @@ class PositionSampler(Sampler):
     """Batch sampler: for each step, this rank's list of (index, position).
 
     `position` counts samples since the start of the run: position = step * batch_size + offset in the global
-    batch. The epoch is position // num_samples, and within an epoch every index comes exactly once, in the
-    order of `permuted(seed, epoch)`. A batch may span epochs or be larger than the dataset. Which samples
-    form a global batch depends on neither the number of ranks nor on where the run was resumed: rank r takes
-    the r-th contiguous slice.
+    batch, of which rank r takes the r-th contiguous slice. The epoch is position // num_samples, and within
+    an epoch every index comes exactly once, in the order of `permuted(seed, epoch)`. A batch may span epochs.
 
     Args:
         num_samples: size of the dataset.
@@ -142,14 +138,11 @@ class PositionSampler(Sampler):
         if world < 1 or not 0 <= self.rank < world:
             raise ValueError(f"rank must lie in [0, world_size), got rank {self.rank} of world_size {world}")
         if batch < 1 or batch % world:
-            near = max(1, round(batch / world)) * world
+            raise ValueError(f"batch_size must be a positive multiple of {world} processes, got {batch}")
+        if min(self.start_step, self.steps or 0) < 0:
             raise ValueError(
-                "batch_size must be a positive multiple of the number of processes: "
-                f"{batch} over {world} processes (the nearest that fits is {near})"
+                f"start_step and steps must not be negative, got {self.start_step}, {self.steps}"
             )
-        for name in ("start_step", "steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         self.seed = check_seed(self.seed)
 
     def batch(self, step: int) -> list[tuple[int, int]]:
@@ -179,8 +172,7 @@ class PositionSampler(Sampler):
 
 
 class SequentialBatches(Sampler):
-    """Batch sampler over the plain view: the `indices`, or range(indices), in order; the last batch may be
-    smaller."""
+    """Batch sampler over the plain view: `indices`, or range(indices), in order; the last may be smaller."""
 
     def __init__(self, indices: int | np.ndarray, batch_size: int):
         if batch_size < 1:

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ldm.data.images.pixels import BadImageError, normalize_pixels
 logger = logging.getLogger(__name__)
 
 SHARED_MEMORY = Path("/dev/shm")
+WITHOUT = "training.workers=0 (--workers 0) works without worker processes"
 MORE = "docker run --shm-size=2g or --ipc=host gives a container more"
 LOOK_AFTER = 30  # seconds between two looks at whether the workers still live
 _GIVE_UP_AFTER = 1800  # seconds without a batch; a slow disk has minutes
@@ -37,15 +39,10 @@ class LostWorker(ChildProcessError):
     """A worker process has ended, or does not answer."""
 
 
-# In shared memory
-
-
 def free_bytes() -> int | None:
     """What is free of the shared memory; None where the system sets no limit of its own to it."""
-    if sys.platform != "linux":
-        return None
     try:
-        return shutil.disk_usage(SHARED_MEMORY).free
+        return shutil.disk_usage(SHARED_MEMORY).free if sys.platform == "linux" else None
     except OSError:
         return None
 
@@ -55,13 +52,9 @@ def megabytes(count: int) -> str:
 
 
 def to_shared(tensor: torch.Tensor) -> torch.Tensor:
-    """Move a tensor into shared memory.
+    """Move a tensor into shared memory, or raise SharedMemoryFull.
 
-    Workers do it here rather than leave it to their queue, whose thread would drop a batch that finds no room
-    and let the main process wait for it for ever.
-
-    Raises:
-        SharedMemoryFull: there is no room.
+    A worker's queue would drop a batch that finds no room, and the main process wait for it for ever.
     """
     if not tensor.numel():
         return tensor
@@ -70,11 +63,10 @@ def to_shared(tensor: torch.Tensor) -> torch.Tensor:
     except RuntimeError as error:
         if "unable to" not in str(error):  # allocate, resize or write the file that it is
             raise
-        free = free_bytes()
-        has = "" if free is None else f", with {megabytes(free)} free,"
+        has = "" if (free := free_bytes()) is None else f", with {megabytes(free)} free,"
         raise SharedMemoryFull(
             f"the shared memory ({SHARED_MEMORY}){has} has no room for {megabytes(tensor.nbytes)} that a "
-            f"worker hands over; training.workers=0 (--workers 0) works without such processes; {MORE}"
+            f"worker hands over; {WITHOUT}; {MORE}"
         ) from error
 
 
@@ -90,28 +82,21 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) ->
     return value
 
 
+@dataclass
 class Parcel:
     """A batch in shared memory; where `compact`, its "image" is still uint8, a quarter of the bytes."""
 
-    def __init__(self, batch: Any, compact: bool):
-        self.batch, self.compact = batch, compact
+    batch: Any
+    compact: bool
 
     def unpack(self) -> Any:
         """The batch in this process's own memory: what lies in the shared one is freed with the parcel."""
-        if not self.compact:
-            return map_tensors(torch.clone, self.batch)
-        images = normalize_pixels(self.batch["image"])
-        return {
-            key: images if key == "image" else map_tensors(torch.clone, value)
-            for key, value in self.batch.items()
-        }
+        own = map_tensors(torch.clone, self.batch)
+        return own | {"image": normalize_pixels(own["image"])} if self.compact else own
 
     def pin_memory(self) -> Any:
         """For the DataLoader's pinning thread, which knows this name; it does the unpacking, too."""
         return map_tensors(torch.Tensor.pin_memory, self.unpack())
-
-
-# In a worker process
 
 
 def start_worker(worker_id: int) -> None:
@@ -122,16 +107,17 @@ def start_worker(worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 
 
+@dataclass(eq=False)
 class WorkerSide(Dataset):
     """What a worker process has of a data set: it makes whole batches, or hands over the error.
 
-    torch would send an error as a new one of the same class whose message is the traceback. That is right for
-    a bug, and hides what a bad file or a full disk means. With `compact`, samples come from the data set's
-    method of that name, which leaves images in uint8.
+    torch would send an error as a new one whose message is the traceback: right for a bug, but it hides what
+    a bad file or a full disk means. With `compact`, the data set's method of that name gives uint8 images.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable, compact: bool):
-        self.dataset, self.collate_fn, self.compact = dataset, collate_fn, compact
+    dataset: Dataset
+    collate_fn: Callable
+    compact: bool
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -153,16 +139,8 @@ class WorkerSide(Dataset):
         return [self.dataset[entry] for entry in entries]
 
 
-def as_it_is(batch: Any) -> Any:
-    return batch
-
-
-# In the main process
-
-
 class WorkersLoader(DataLoader):
-    """A DataLoader over a `WorkerSide`, with the `timeout` `LOOK_AFTER`: batches are unpacked and errors
-    raised here.
+    """A DataLoader over a `WorkerSide`, with the `timeout` `LOOK_AFTER`; unpacks batches and raises errors.
 
     Raises, besides what the data set does:
         LostWorker: a worker has died, or no batch has come for half an hour.
@@ -200,24 +178,18 @@ def _next(batches: Iterator[Any]) -> Any:
                 raise
         waited = time.monotonic() - began
         if waited >= _GIVE_UP_AFTER:
-            raise LostWorker(
-                f"no image has come from the worker processes for {waited / 60:.0f} minutes: is the disk or "
-                "the network stuck? training.workers=0 (--workers 0) reads without such processes"
-            )
+            raise LostWorker(f"no image has come from the workers for {waited / 60:.0f} minutes; {WITHOUT}")
         if not told:
-            told = True
             logger.warning("waiting for images for %.0f s now: the disk or the network is slow", waited)
+        told = True
 
 
 @contextlib.contextmanager
 def clear_worker_errors() -> Iterator[None]:
-    """Turn torch's words for a worker's death into one sentence.
+    """Turn torch's words for a worker's death into a LostWorker.
 
     A signal handler of torch's raises them wherever the main process is at that moment, so this belongs
     around all that runs while workers do.
-
-    Raises:
-        LostWorker: a worker has died.
     """
     try:
         yield
@@ -227,14 +199,10 @@ def clear_worker_errors() -> Iterator[None]:
             raise
         signals = [death[1].lower() for death in deaths if death[1]]
         cause = f" ({signals[0]})" if signals else ""
+        why = "is the machine, container or job out of memory? training.workers=N (--workers N) sets how many"
         if "bus error" in cause:
-            advice = f"The shared memory is full: training.workers=0 (--workers 0) works without it; {MORE}"
-        else:
-            advice = (
-                "Mostly that is the system, out of memory (of the machine, its container or its job): fewer "
-                "of them (training.workers=N, --workers N) take less"
-            )
-        raise LostWorker(f"a worker process that reads images ended unexpectedly{cause}. {advice}") from error
+            why = f"the shared memory is full: {WITHOUT}; {MORE}"
+        raise LostWorker(f"a worker process that reads images ended unexpectedly{cause}: {why}") from error
 
 
 def _texts(error: BaseException | None) -> Iterator[str]:
