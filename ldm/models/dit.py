@@ -91,7 +91,7 @@ def _label_embedder(num_classes: int | str | None, adm_in_channels: int | None, 
     if num_classes == "sequential" and adm_in_channels:
         return VectorEmbedder(adm_in_channels, dim)
     raise ValueError(
-        f"DiT: num_classes={num_classes!r} with adm_in_channels={adm_in_channels}, must be None, positive, or "
+        f"DiT: num_classes={num_classes!r} with adm_in_channels={adm_in_channels} must be None, an int, or "
         "'sequential' with adm_in_channels"
     )
 
