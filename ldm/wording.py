@@ -1,7 +1,8 @@
-"""Counts, lists and nearest names in messages."""
+"""Counts, lists and nearest names in messages, and the check of a choice."""
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def counted(count: int, thing: str, things: str | None = None) -> str:
@@ -30,3 +31,11 @@ def did_you_mean(name: str, options: Iterable[str], prefix: str = "") -> str:
     """`; did you mean X?`, or nothing where no option is near."""
     found = nearest(name, options)
     return f"; did you mean {prefix}{found}?" if found else ""
+
+
+def check_choice(name: str, value: Any, allowed: Iterable) -> None:
+    """ValueError with what is `allowed`, where `value` is none of it; `name` says whose choice it is."""
+    allowed = list(allowed)
+    if value not in allowed:
+        names = ", ".join(map(str, allowed)) or "nothing"
+        raise ValueError(f"{name} is {value!r}, must be one of {names}{did_you_mean(value, allowed)}")

@@ -1,6 +1,6 @@
 import pytest
 
-from ldm.wording import did_you_mean, nearest
+from ldm.wording import check_choice, did_you_mean, nearest
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,14 @@ from ldm.wording import did_you_mean, nearest
 def test_a_suggestion_is_near(name, options, expected):
     assert nearest(name, options) == expected
     assert did_you_mean(name, options, "a.") == (f"; did you mean a.{expected}?" if expected else "")
+
+
+def test_a_choice_is_one_of_what_is_allowed():
+    check_choice("norm", "rms", ("layer", "rms"))
+    check_choice("norm", None, {None: 1})
+    with pytest.raises(ValueError, match="^norm is 'rsm', must be one of layer, rms; did you mean rms\\?$"):
+        check_choice("norm", "rsm", ("layer", "rms"))
+    with pytest.raises(ValueError, match=r"^norm is \['rms'\], must be one of layer, rms$"):
+        check_choice("norm", ["rms"], {"layer": 1, "rms": 2})
+    with pytest.raises(ValueError, match="must be one of nothing"):
+        check_choice("norm", "rms", ())

@@ -14,6 +14,7 @@ import torch
 
 from ldm.arguments import remembers_arguments
 from ldm.diffusion.precision import exact, expand
+from ldm.wording import check_choice
 
 Denoise = Callable[..., torch.Tensor]
 
@@ -79,14 +80,11 @@ class Denoiser:
     def __init__(
         self, schedule, prediction: str = "eps", learned_variance: bool = False, sigma_data: float = 0.5
     ):
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {prediction!r}, must be one of {', '.join(PREDICTIONS)}")
+        check_choice("prediction", prediction, PREDICTIONS)
         if prediction == "eps" and getattr(schedule, "zero_terminal_snr", False):
             raise ValueError("prediction eps says nothing about x0 at zero_terminal_snr; use v, x0 or flow")
-        self.schedule = schedule
-        self.prediction = prediction
-        self.learned_variance = learned_variance
-        self.sigma_data = sigma_data
+        self.schedule, self.prediction = schedule, prediction
+        self.learned_variance, self.sigma_data = learned_variance, sigma_data
 
     def coefficients(self, sigma) -> Coefficients:
         """The four coefficients at sigma, float64."""
@@ -112,11 +110,8 @@ class Denoiser:
         return expand(scale, x) * x, time.expand(len(x))
 
     def split(self, raw: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A network's output as (raw, fraction): of `channels` each, the fraction None where none is learned.
-
-        Raises:
-            ValueError: another number of channels than `channels`, twice that with a learned variance.
-        """
+        """A network's output as (raw, fraction): of `channels` each, the fraction None where none is learned;
+        ValueError for another number of channels."""
         expected = channels * (2 if self.learned_variance else 1)
         if raw.shape[1] != expected:
             raise ValueError(
@@ -133,15 +128,18 @@ class Denoiser:
         return BoundDenoiser(self, network_fn)
 
 
-class BoundDenoiser:
-    """denoise(x, sigma, **cond) -> x0 of a `Denoiser` and a network function."""
-
-    def __init__(self, denoiser: Denoiser, network_fn: Callable[..., torch.Tensor]):
-        self.denoiser = denoiser
-        self.network_fn = network_fn
+class DenoiseFunction:
+    """Base of denoise functions that have a method `predict`."""
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **cond) -> torch.Tensor:
         return self.predict(x, sigma, **cond)[0]
+
+
+class BoundDenoiser(DenoiseFunction):
+    """denoise(x, sigma, **cond) -> x0 of a `Denoiser` and a network function."""
+
+    def __init__(self, denoiser: Denoiser, network_fn: Callable[..., torch.Tensor]):
+        self.denoiser, self.network_fn = denoiser, network_fn
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, **cond):
         """(x0, learned variance's fraction or None)."""
@@ -150,16 +148,13 @@ class BoundDenoiser:
         return self.denoiser.to_x0(raw, x, sigma), fraction
 
 
-class Clipped:
+class Clipped(DenoiseFunction):
     """A denoise function whose x0 is clamped to [low, high] (`clip_denoised` of DDPM and ADM)."""
 
     def __init__(self, denoise: Denoise, low: float = -1.0, high: float = 1.0):
         if not low < high:
             raise ValueError(f"cannot clamp to [{low}, {high}]")
         self.denoise, self.low, self.high = denoise, low, high
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **cond) -> torch.Tensor:
-        return self.predict(x, sigma, **cond)[0]
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, **cond):
         """(clamped x0, learned variance's fraction or None)."""

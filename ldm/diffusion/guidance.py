@@ -5,22 +5,22 @@ from collections.abc import Callable
 
 import torch
 
-from ldm.diffusion.denoiser import Denoise, Denoiser, predict
+from ldm.diffusion.denoiser import Denoise, DenoiseFunction, Denoiser, predict
 from ldm.diffusion.precision import exact, expand
 
 
-def _check_scale(scale: float, interval: tuple[float, float] | None) -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}, must be finite")
-    if interval is not None and not interval[0] < interval[1]:
-        raise ValueError(f"interval is {tuple(interval)}, must be (low, high) with low < high")
+class _Guidance(DenoiseFunction):
+    def __init__(self, denoise: Denoise, scale: float, interval: tuple[float, float] | None):
+        if not math.isfinite(scale):
+            raise ValueError(f"scale is {scale}, must be finite")
+        if interval is not None and not interval[0] < interval[1]:
+            raise ValueError(f"interval is {tuple(interval)}, must be (low, high) with low < high")
+        self.denoise, self.scale, self.interval = denoise, float(scale), interval
 
-
-def _inside(sigma: torch.Tensor, interval: tuple[float, float] | None) -> torch.Tensor:
-    """Which samples are guided at their sigma: all, or those where low < sigma <= high."""
-    if interval is None:
-        return torch.ones_like(sigma, dtype=torch.bool)
-    return (sigma > interval[0]) & (sigma <= interval[1])
+    def _guided(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Which samples are guided at their sigma: all, or those where low < sigma <= high."""
+        low, high = self.interval or (-math.inf, math.inf)
+        return (sigma > low) & (sigma <= high)
 
 
 def _pair(cond: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -35,7 +35,7 @@ def _pair(cond: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor]) -> dic
     return joined
 
 
-class ClassifierFreeGuidance:
+class ClassifierFreeGuidance(_Guidance):
     """x0 = c + (scale - 1) (c - u), the conditional c and the unconditional u from one batch.
 
     Ho & Salimans 2022, eq. 6, whose w is scale - 1; the same in x0, eps or v, as its weights sum to one.
@@ -60,21 +60,14 @@ class ClassifierFreeGuidance:
         interval: tuple[float, float] | None = None,
     ):
         if cond.keys() != uncond.keys():
-            raise ValueError(
-                f"cond has the keys {sorted(cond)}, uncond {sorted(uncond)}; they must be the same"
-            )
-        _check_scale(scale, interval)
-        self.denoise, self.cond, self.uncond = denoise, cond, uncond
-        self.scale, self.interval = float(scale), interval
-        self.both = _pair(cond, uncond)
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **shared) -> torch.Tensor:
-        return self.predict(x, sigma, **shared)[0]
+            raise ValueError(f"cond has the keys {sorted(cond)}, uncond {sorted(uncond)}")
+        super().__init__(denoise, scale, interval)
+        self.cond, self.uncond, self.both = cond, uncond, _pair(cond, uncond)
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, **shared):
         """(guided x0, the conditional model's variance fraction or None); `shared` conditions go to both."""
         sigma = torch.as_tensor(sigma).expand(len(x))
-        guided = _inside(sigma, self.interval)
+        guided = self._guided(sigma)
         if self.scale == 1 or not guided.any():
             return predict(self.denoise, x, sigma, **shared, **self.cond)
         if self.scale == 0 and guided.all():
@@ -87,7 +80,7 @@ class ClassifierFreeGuidance:
         return c + expand(extra, x) * (c - u), None if fraction is None else fraction.chunk(2)[0]
 
 
-class ClassifierGuidance:
+class ClassifierGuidance(_Guidance):
     """x0 + scale sigma^2 grad_x log p(y | x): a denoise function that a classifier steers to classes y.
 
     Since grad log p(x | y) = grad log p(x) + grad log p(y | x), and x0 = x + sigma^2 grad log p(x). In DDIM
@@ -120,21 +113,17 @@ class ClassifierGuidance:
         denoiser: Denoiser | None = None,
         interval: tuple[float, float] | None = None,
     ):
-        _check_scale(scale, interval)
+        super().__init__(denoise, scale, interval)
         if labels.ndim != 1 or labels.is_floating_point():
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}, must be integers (B,)"
             )
-        self.denoise, self.classifier, self.labels, self.denoiser = denoise, classifier, labels, denoiser
-        self.scale, self.interval = float(scale), interval
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **cond) -> torch.Tensor:
-        return self.predict(x, sigma, **cond)[0]
+        self.classifier, self.labels, self.denoiser = classifier, labels, denoiser
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, **cond):
         """(guided x0, the denoise function's variance fraction or None)."""
         sigma = exact(sigma).expand(len(x))
-        guided = _inside(sigma, self.interval)
+        guided = self._guided(sigma)
         if self.scale == 0 or not guided.any():
             return predict(self.denoise, x, sigma, **cond)
         if len(self.labels) != len(x):
@@ -157,9 +146,6 @@ class ClassifierGuidance:
         """Sum over the samples of log p(their label); each sample's gradient is its own."""
         logits = self.classifier(*judged)
         if logits.ndim != 2 or len(logits) != len(self.labels):
-            raise ValueError(
-                f"the classifier gives {tuple(logits.shape)} for {len(self.labels)} samples, must be "
-                "(B, classes)"
-            )
+            raise ValueError(f"the classifier gives {tuple(logits.shape)} for {len(self.labels)} samples")
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
         return log_p.gather(1, self.labels.to(log_p.device)[:, None].long()).sum()

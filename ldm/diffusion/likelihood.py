@@ -10,6 +10,9 @@ import torch
 
 from ldm.diffusion.denoiser import Denoise, predict
 from ldm.diffusion.precision import expand
+from ldm.wording import check_choice
+
+VARIANCES = ("small", "large", "learned")
 
 
 def reverse_variances(sigma, sigma_next):
@@ -60,6 +63,7 @@ def gaussian_step(
     variance: `small` | `large` | `learned`, at `fraction` between them in the log (improved DDPM, eq. 15). At
     t = 0 `large` borrows the small variance of t = 1, as in DDPM's code.
     """
+    check_choice("variance", variance, VARIANCES)
     sigma, sigma_next = step_sigmas(schedule, t)
     small, large = step_log_variances(schedule, t)
     mean = torch.lerp(x0, x, expand((sigma_next / sigma) ** 2, x))
@@ -68,8 +72,6 @@ def gaussian_step(
             raise ValueError("variance is 'learned', but no fraction was learned (learned_variance=False)")
         small, large = expand(small, x), expand(large, x)
         return mean, small + fraction * (large - small)
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance is {variance!r}, must be small, large or learned")
     log_variance = small if variance == "small" else torch.where(t == 0, small, large)
     return mean, expand(log_variance, x).expand_as(x)
 

@@ -24,10 +24,7 @@ class TimeUniform:
 
     def __init__(self, shift: float | Literal["auto"] = 1.0):
         if shift == "auto":
-            raise ValueError(
-                "shift: auto stands in training configs, where the latents' shape fills it in; see "
-                "ldm.diffusion.schedule.resolution_shift"
-            )
+            raise ValueError("shift: auto is for training configs, where the latents' shape fills it in")
         if not 0 < shift < math.inf:
             raise ValueError(f"shift is {shift}, must be a finite number above 0")
         self.shift = shift

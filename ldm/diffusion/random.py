@@ -44,10 +44,7 @@ def philox(
 def _words(seed: int, stream: str, positions: torch.Tensor, count: int, device=None) -> torch.Tensor:
     """int64 words in [0, 2^32) of shape (4, B, count)."""
     if positions.dtype != torch.int64 or positions.ndim != 1:
-        raise ValueError(
-            f"positions must be an int64 tensor of shape (B,), got {positions.dtype} "
-            f"of {tuple(positions.shape)}"
-        )
+        raise ValueError(f"positions must be int64 (B,), got {positions.dtype} of {tuple(positions.shape)}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2^63), got {seed}")
     positions = positions.to(device) if device is not None else positions
@@ -63,25 +60,26 @@ def uniform(
     seed: int, stream: str, positions: torch.Tensor, shape: tuple[int, ...] = (), device=None
 ) -> torch.Tensor:
     """Numbers in the open interval (0, 1), float32 of shape (B, *shape), for int64 `positions` (B,)."""
-    size = math.prod(shape)
-    words = _words(seed, stream, positions, -(-size // 4), device)
+    words = _words(seed, stream, positions, -(-math.prod(shape) // 4), device)
     # 24 bits: float32 holds them exactly, and the half keeps 0 and 1 out.
-    values = ((words >> 9).float() + 0.5) * 2.0**-23
-    return values.permute(1, 2, 0).reshape(len(positions), -1)[:, :size].reshape(len(positions), *shape)
+    return _shaped(((words >> 9).float() + 0.5) * 2.0**-23, shape)
 
 
 def normal(
     seed: int, stream: str, positions: torch.Tensor, shape: tuple[int, ...], device=None
 ) -> torch.Tensor:
     """Standard normal numbers (Box-Muller), float32 of shape (B, *shape), for int64 `positions` (B,)."""
-    size = math.prod(shape)
-    words = _words(seed, stream, positions, -(-size // 4), device)
+    words = _words(seed, stream, positions, -(-math.prod(shape) // 4), device)
     # All 32 bits in the radius: the tail then reaches 6.7 standard deviations.
     radius_bits = (words[0::2].double() + 0.5) * 2.0**-32
     radius = (-2.0 * radius_bits.log()).sqrt().float()
     angle = words[1::2].float() * (2.0 * math.pi * 2.0**-32)
-    values = torch.cat([radius * angle.cos(), radius * angle.sin()])  # (4, B, count)
-    return values.permute(1, 2, 0).reshape(len(positions), -1)[:, :size].reshape(len(positions), *shape)
+    return _shaped(torch.cat([radius * angle.cos(), radius * angle.sin()]), shape)
+
+
+def _shaped(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """(4, B, count), at least as many as are wanted -> (B, *shape)."""
+    return values.permute(1, 2, 0).flatten(1)[:, : math.prod(shape)].reshape(values.shape[1], *shape)
 
 
 def subseed(seed: int, stream: str, position: int) -> int:

@@ -18,8 +18,9 @@ from itertools import pairwise
 import torch
 
 from ldm.diffusion.denoiser import Denoise, predict
-from ldm.diffusion.likelihood import reverse_variances
+from ldm.diffusion.likelihood import VARIANCES, reverse_variances
 from ldm.diffusion.precision import full_precision
+from ldm.wording import check_choice
 
 
 def _steps(sigmas) -> list[tuple[float, float]]:
@@ -27,22 +28,23 @@ def _steps(sigmas) -> list[tuple[float, float]]:
     values = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").tolist()
     if len(values) < 2 or not all(a > b >= 0 for a, b in pairwise(values)) or math.isinf(values[0]):
         raise ValueError(
-            f"sigmas must be 2 or more finite numbers, strictly decreasing and not negative: {values}"
+            f"sigmas must be 2 or more finite numbers, strictly decreasing to 0 at most: {values}"
         )
     return list(pairwise(values))
 
 
-def _denoise(denoise: Denoise, x: torch.Tensor, sigma: float):
-    """(x0, learned variance's fraction or None) at one sigma for the whole batch."""
+def _denoise(denoise: Denoise, x: torch.Tensor, sigma: float, step: int = 0, callback=None):
+    """(x0, learned variance's fraction or None) at one sigma for the whole batch, told to the callback."""
     x0, fraction = predict(denoise, x, torch.full((len(x),), sigma, dtype=torch.float64, device="cpu"))
-    return x0.to(x.dtype), fraction
+    x0 = x0.to(x.dtype)
+    if callback:
+        callback(step, x, x0, sigma)
+    return x0, fraction
 
 
 def _noise(noise_fn: Callable | None, sigma: float, sigma_next: float) -> torch.Tensor:
     if noise_fn is None:
-        raise ValueError(
-            "this sampler adds noise and needs noise_fn(sigma, sigma_next) -> standard normal tensor"
-        )
+        raise ValueError("this sampler adds noise and needs noise_fn(sigma, sigma_next) -> standard normal")
     return noise_fn(sigma, sigma_next)
 
 
@@ -56,9 +58,7 @@ def euler(denoise: Denoise, x: torch.Tensor, sigmas, *, noise_fn=None, callback=
     """Euler's method on dx/dsigma = (x - x0) / sigma (EDM, Alg. 1 uncorrected); order 1, equals DDIM."""
     x = full_precision(x)
     for i, (sigma, sigma_next) in enumerate(_steps(sigmas)):
-        x0, _ = _denoise(denoise, x, sigma)
-        if callback:
-            callback(i, x, x0, sigma)
+        x0, _ = _denoise(denoise, x, sigma, i, callback)
         x = _towards(x0, x, sigma_next / sigma)
     return x
 
@@ -75,9 +75,7 @@ def ddim(
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     x = full_precision(x)
     for i, (sigma, sigma_next) in enumerate(_steps(sigmas)):
-        x0, _ = _denoise(denoise, x, sigma)
-        if callback:
-            callback(i, x, x0, sigma)
+        x0, _ = _denoise(denoise, x, sigma, i, callback)
         ratio = sigma_next / sigma
         x = _towards(x0, x, ratio * math.sqrt(1 - eta**2 + (eta * ratio) ** 2))
         if eta > 0 and sigma_next > 0:
@@ -95,13 +93,10 @@ def ddpm(
     variance: `small`, the posterior's own; `large`, beta_t; `learned`, between the two where the second half
     of the network's channels says (improved DDPM, eq. 15). The last step to sigma 0 adds no noise.
     """
-    if variance not in ("small", "large", "learned"):
-        raise ValueError(f"variance is {variance!r}, must be small, large or learned")
+    check_choice("variance", variance, VARIANCES)
     x = full_precision(x)
     for i, (sigma, sigma_next) in enumerate(_steps(sigmas)):
-        x0, fraction = _denoise(denoise, x, sigma)
-        if callback:
-            callback(i, x, x0, sigma)
+        x0, fraction = _denoise(denoise, x, sigma, i, callback)
         x = _towards(x0, x, (sigma_next / sigma) ** 2)
         if sigma_next > 0:
             small, large = reverse_variances(sigma, sigma_next)
@@ -128,9 +123,7 @@ def heun(
     steps, x = _steps(sigmas), full_precision(x)
     flow_time = steps[0][0] >= 1000 if flow_time is None else flow_time
     for i, (sigma, sigma_next) in enumerate(steps):
-        x0, _ = _denoise(denoise, x, sigma)
-        if callback:
-            callback(i, x, x0, sigma)
+        x0, _ = _denoise(denoise, x, sigma, i, callback)
         x = _towards(x0, x, sigma_next / sigma)
         if sigma_next > 0:
             # Half the step times the difference of the slopes, from which x cancels: only the two x0 remain.
@@ -167,9 +160,7 @@ def plms(
 
     slopes = []  # newest first
     for i, (sigma, sigma_next) in enumerate(steps):
-        x0, _ = _denoise(denoise, x, sigma)
-        if callback:
-            callback(i, x, x0, sigma)
+        x0, _ = _denoise(denoise, x, sigma, i, callback)
         slopes = [slope(x, x0, sigma), *slopes[:3]]
         x = _towards(x0, x, sigma_next / sigma)
         if i == 0 and sigma_next > 0:
@@ -191,9 +182,7 @@ def dpmpp_2m(denoise: Denoise, x: torch.Tensor, sigmas, *, noise_fn=None, callba
     x = full_precision(x)
     x0_before = h_before = None
     for i, (sigma, sigma_next) in enumerate(_steps(sigmas)):
-        x0, _ = _denoise(denoise, x, sigma)
-        if callback:
-            callback(i, x, x0, sigma)
+        x0, _ = _denoise(denoise, x, sigma, i, callback)
         h = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
         ahead = x0
         if x0_before is not None and sigma_next > 0:

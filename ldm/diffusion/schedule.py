@@ -14,6 +14,7 @@ import torch
 
 from ldm.arguments import remembers_arguments
 from ldm.diffusion.precision import exact, expand, full_precision
+from ldm.wording import check_choice
 
 #: A zero signal-to-noise ratio is stored as this alphas_cumprod, so that sigma = 1e6 stands for infinity.
 MIN_ALPHAS_CUMPROD = 1e-12
@@ -48,6 +49,7 @@ def make_betas(
     `linear` is linear in sqrt(beta) (elsewhere "scaled linear"); `sqrt_linear` is DDPM's plain linear one;
     `sqrt` its square root; `cosine` is improved DDPM's eq. 17.
     """
+    check_choice("schedule", schedule, ("linear", "sqrt_linear", "cosine", "sqrt"))
     if schedule == "cosine":
         t = _linspace(0, 1, timesteps + 1)
         alphas_cumprod = torch.cos((t + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2
@@ -56,9 +58,7 @@ def make_betas(
         return _linspace(linear_start**0.5, linear_end**0.5, timesteps) ** 2
     if schedule == "sqrt_linear":
         return _linspace(linear_start, linear_end, timesteps)
-    if schedule == "sqrt":
-        return _linspace(linear_start, linear_end, timesteps) ** 0.5
-    raise ValueError(f"schedule is {schedule!r}, must be linear, sqrt_linear, cosine or sqrt")
+    return _linspace(linear_start, linear_end, timesteps) ** 0.5
 
 
 def zero_terminal(alphas_cumprod: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,9 @@ def respaced_timesteps(timesteps: int, spec: str) -> list[int]:
     if spec.startswith("ddim"):
         wanted = int(spec.removeprefix("ddim"))
         for stride in range(1, timesteps + 1):
-            if len(range(0, timesteps, stride)) == wanted:
-                return list(range(0, timesteps, stride))
+            chosen = range(0, timesteps, stride)
+            if len(chosen) == wanted:
+                return list(chosen)
         raise ValueError(f"respacing {spec!r}: no integer stride takes {wanted} of {timesteps} timesteps")
     counts = [int(count) for count in spec.split(",")]
     size, larger = divmod(timesteps, len(counts))
@@ -145,7 +146,7 @@ class DiscreteSchedule:
         if self.alphas_cumprod[-1] < MIN_ALPHAS_CUMPROD or not (self.sigmas_all.diff() > 0).all():
             raise ValueError(
                 f"betas leave alphas_cumprod at {self.alphas_cumprod[-1]:.1e}; it must fall at every step "
-                f"and end at {MIN_ALPHAS_CUMPROD} or above (zero_terminal_snr=True ends it there)"
+                f"and end at {MIN_ALPHAS_CUMPROD} or above (zero_terminal_snr=True)"
             )
 
     def sigma(self, t) -> torch.Tensor:
@@ -194,8 +195,7 @@ class DiscreteSchedule:
         karras: `karras_sigmas` with `rho` between the table's ends, then 0.
         """
         total = self.timesteps
-        if spacing not in self.SPACINGS:
-            raise ValueError(f"spacing is {spacing!r}, must be one of {', '.join(self.SPACINGS)}")
+        check_choice("spacing", spacing, self.SPACINGS)
         if steps < 1 or (steps > total and spacing != "karras"):
             raise ValueError(f"steps is {steps}, must be from 1 to the schedule's {total} timesteps")
         if spacing == "karras":
@@ -216,10 +216,7 @@ class DiscreteSchedule:
             roots = [i * (end / (steps - 1)) for i in range(steps - 1)] + [end] if steps > 1 else [0.0]
             times = sorted({int(root * root) + 1 for root in roots})
         if times[-1] >= total:
-            raise ValueError(
-                f"{steps} {spacing} steps run past the last of {total} timesteps, as in the original; "
-                "take another number of steps or spacing trailing"
-            )
+            raise ValueError(f"{steps} {spacing} steps run past the last of {total} timesteps")
         if len(times) != steps:
             warnings.warn(
                 f"{spacing} spacing gives {len(times)} steps for {steps} asked; trailing gives {steps}",
@@ -257,8 +254,15 @@ class DiscreteSchedule:
         return self.sigmas_all.to(device, non_blocking=device.type == "cuda")
 
 
+class _FromNoise:
+    def start(self, noise: torch.Tensor, sigma) -> torch.Tensor:
+        """The x from which sampling starts at sigma: sigma * noise."""
+        noise = full_precision(noise)
+        return noise * expand(exact(sigma), noise)
+
+
 @remembers_arguments
-class FlowSchedule:
+class FlowSchedule(_FromNoise):
     """Rectified flow: x_t = (1 - t) x0 + t noise (Liu et al. 2022; SD3, eq. 13), so sigma = t / (1 - t).
 
     The network's time is 1000 t. `sigma_max` stands for infinity, at t = 1.
@@ -285,29 +289,23 @@ class FlowSchedule:
         """The model's sample is scale * x = x / (1 + sigma)."""
         return 1 / (1 + exact(sigma))
 
-    def start(self, noise: torch.Tensor, sigma) -> torch.Tensor:
-        """The x from which sampling starts at sigma: sigma * noise."""
-        noise = full_precision(noise)
-        return noise * expand(exact(sigma), noise)
-
     def draw(self, unit) -> torch.Tensor:
         """sigma of the training step at unit time t in (0, 1)."""
         return self.sigma(1000 * exact(unit))
 
     def sigmas(self, steps: int, spacing: str = "uniform", shift: float = 1.0) -> torch.Tensor:
         """`steps` equal steps in t from 1 to 0, moved by `shift_time`; falling, float64 (steps + 1,)."""
-        if spacing not in self.SPACINGS:
-            raise ValueError(f"spacing is {spacing!r}, must be one of {', '.join(self.SPACINGS)}")
+        check_choice("spacing", spacing, self.SPACINGS)
         if steps < 1 or not 0 < shift < math.inf:
             raise ValueError(
-                f"steps is {steps} and shift {shift}; at least 1 step and a finite shift above 0 are needed"
+                f"steps is {steps}, must be at least 1, shift {shift}, must be finite and above 0"
             )
         t = _linspace(1, 0, steps + 1)
         return self.sigma(1000 * shift_time(t, shift))
 
 
 @remembers_arguments
-class EDMSchedule:
+class EDMSchedule(_FromNoise):
     """Diffusion as EDM puts it: samples are not scaled, the network's time is ln(sigma) / 4 (EDM, table 1).
 
     Training draws sigma = t / (1 - t) of unit time t, so TimeLogitNormal(P_mean, P_std) is EDM's log-normal.
@@ -318,7 +316,7 @@ class EDMSchedule:
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         if not 0 < sigma_min < sigma_max:
             raise ValueError(
-                f"sigma_min, sigma_max are {sigma_min}, {sigma_max}; must be 0 < sigma_min < sigma_max"
+                f"sigma_min={sigma_min}, sigma_max={sigma_max}, must be 0 < sigma_min < sigma_max"
             )
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
 
@@ -334,11 +332,6 @@ class EDMSchedule:
         """1: samples are not scaled (the network's input is, by the denoiser)."""
         return torch.ones_like(exact(sigma))
 
-    def start(self, noise: torch.Tensor, sigma) -> torch.Tensor:
-        """The x from which sampling starts at sigma: sigma * noise."""
-        noise = full_precision(noise)
-        return noise * expand(exact(sigma), noise)
-
     def draw(self, unit) -> torch.Tensor:
         """sigma of the training step at unit time in (0, 1)."""
         unit = exact(unit)
@@ -346,6 +339,5 @@ class EDMSchedule:
 
     def sigmas(self, steps: int, spacing: str = "karras", rho: float = 7.0) -> torch.Tensor:
         """`karras_sigmas` from sigma_max to sigma_min, then 0; float64 of shape (steps + 1,)."""
-        if spacing not in self.SPACINGS:
-            raise ValueError(f"spacing is {spacing!r}, must be one of {', '.join(self.SPACINGS)}")
+        check_choice("spacing", spacing, self.SPACINGS)
         return karras_sigmas(steps, self.sigma_min, self.sigma_max, rho)

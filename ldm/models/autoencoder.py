@@ -3,6 +3,8 @@
 Section 3.1 and appendix G of Rombach et al. 2021 (arXiv:2112.10752).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -11,82 +13,105 @@ from ldm.models.encoder_decoder import Decoder, Encoder, check_ddconfig
 from ldm.models.gaussian import DiagonalGaussian
 from ldm.models.quantize import VectorQuantizer, VQOutput
 
-__all__ = [
-    "AutoencoderKL",
-    "Decoder",
-    "DiagonalGaussian",
-    "Encoder",
-    "FirstStage",
-    "IdentityFirstStage",
-    "VQModel",
-    "VQOutput",
-    "VectorQuantizer",
-]
-
 
 class FirstStage(nn.Module):
-    """What every autoencoder here has: encoder, decoder, 1x1 convolutions around the latent, and its sizes.
+    """What every autoencoder has: encoder, decoder, its sizes, and how the latent is regularised.
 
-    `latent_channels`, `image_channels`, `downsampling_factor`; `last_layer` is the decoder's.
+    With "kl" the encoder's output is a posterior's moments, with "vq" it is quantized by `quantize`, which
+    the subclass makes, with "none" it is the latent. `latent_channels`, `image_channels`,
+    `downsampling_factor`; `last_layer` is the decoder's.
     """
 
-    def __init__(self, ddconfig: dict, embed_dim: int, double_z: bool):
+    def __init__(
+        self,
+        encoder: dict,
+        decoder: dict,
+        regularizer: Literal["kl", "vq", "none"],
+        latent_channels: int,
+    ):
         super().__init__()
-        ddconfig = dict(ddconfig)
-        check_ddconfig(ddconfig)
-        if ddconfig.get("double_z", True) != double_z:
-            raise ValueError(f"ddconfig.double_z must be {double_z} for {type(self).__name__}")
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
-        width = 2 if double_z else 1
-        z_channels = ddconfig["z_channels"]
-        self.quant_conv = nn.Conv2d(width * z_channels, width * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        self.latent_channels: int = embed_dim
-        self.image_channels: int = ddconfig["in_channels"]
+        self.regularizer = regularizer
+        self.encoder = Encoder(**encoder)
+        self.decoder = Decoder(**decoder)
+        self.latent_channels: int = latent_channels
+        self.image_channels: int = encoder["in_channels"]
         self.downsampling_factor: int = self.encoder.factor
 
     @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.last_layer
 
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> the encoder's output (B, c or 2c, H / f, W / f)."""
+        return self.encoder(x)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian | VQOutput | Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> the posterior, the quantized latent, or the latent."""
+        z = self.encode_to_prequant(x)
+        if self.regularizer == "kl":
+            return DiagonalGaussian(z)
+        return self.quantize(z) if self.regularizer == "vq" else z
+
     def decode(self, z: Tensor) -> Tensor:
-        """Latent (B, latent_channels, h, w) -> image (B, out_ch, f * h, f * w)."""
+        """Latent (B, latent_channels, h, w) -> images (B, out_ch, f * h, f * w)."""
+        return self.decoder(z)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What a latent cache stores: the posterior's mean and deviation; else the latent before quantization
+        and zeros."""
+        if self.regularizer == "kl":
+            posterior = self.encode(x)
+            return posterior.mean, posterior.std
+        z = self.encode_to_prequant(x)
+        return z, torch.zeros_like(z)
+
+    def decode_latent(self, z: Tensor) -> Tensor:
+        """As `decode`; with a codebook, `z` is quantized first (the paper's "VQ-reg")."""
+        return self.decode(self.quantize(z).quantized if self.regularizer == "vq" else z)
+
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, DiagonalGaussian | VQOutput | None]:
+        """(reconstruction, posterior | VQOutput | None); a posterior is sampled with `noise` where given."""
+        encoded = self.encode(x)
+        if self.regularizer == "kl":
+            return self.decode(encoded.sample(noise)), encoded
+        if self.regularizer == "vq":
+            return self.decode(encoded.quantized), encoded
+        return self.decode(encoded), None
+
+
+class _CompVisFirstStage(FirstStage):
+    """With 1x1 convolutions around the latent, and one `ddconfig` for both halves."""
+
+    def __init__(self, ddconfig: dict, embed_dim: int, regularizer: Literal["kl", "vq"]):
+        check_ddconfig(ddconfig)
+        double_z = regularizer == "kl"
+        if ddconfig.get("double_z", True) != double_z:
+            raise ValueError(f"ddconfig.double_z must be {double_z} for {type(self).__name__}")
+        super().__init__(ddconfig, ddconfig, regularizer, embed_dim)
+        width, z_channels = 2 if double_z else 1, ddconfig["z_channels"]
+        self.quant_conv = nn.Conv2d(width * z_channels, width * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
 
 
 @remembers_arguments
-class AutoencoderKL(FirstStage):
+class AutoencoderKL(_CompVisFirstStage):
     """An autoencoder whose latent is a diagonal Gaussian, held loosely to N(0, 1) by the loss' KL term."""
 
     def __init__(self, ddconfig: dict, embed_dim: int):
-        super().__init__(ddconfig, embed_dim, double_z=True)
-
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Images (B, C, H, W) in [-1, 1] -> the posterior over (B, embed_dim, H / f, W / f)."""
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction of `x` through a posterior sample, made with `noise` (standard normal) if given."""
-        posterior = self.encode(x)
-        return self.decode(posterior.sample(noise)), posterior
-
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior: what a latent cache stores."""
-        posterior = self.encode(x)
-        return posterior.mean, posterior.std
-
-    def decode_latent(self, z: Tensor) -> Tensor:
-        return self.decode(z)
+        super().__init__(ddconfig, embed_dim, "kl")
 
 
 @remembers_arguments
-class VQModel(FirstStage):
-    """An autoencoder whose latent is quantized to a codebook of `n_embed` vectors; see `VectorQuantizer`.
-
-    Latent diffusion works on the latent before quantization, and `decode_latent` quantizes (the paper's
-    "VQ-reg").
-    """
+class VQModel(_CompVisFirstStage):
+    """An autoencoder whose latent is quantized to a codebook of `n_embed` vectors; see `VectorQuantizer`."""
 
     def __init__(
         self,
@@ -99,34 +124,14 @@ class VQModel(FirstStage):
         beta: float = 0.25,
         unknown_index: str | int = "random",
     ):
-        super().__init__(ddconfig, embed_dim, double_z=False)
+        super().__init__(ddconfig, embed_dim, "vq")
         self.quantize = VectorQuantizer(
             n_embed, embed_dim, beta, remap, unknown_index, sane_index_shape, legacy
         )
 
-    def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> the latent (B, embed_dim, H / f, W / f) before quantization."""
-        return self.quant_conv(self.encoder(x))
-
-    def encode(self, x: Tensor) -> VQOutput:
-        return self.quantize(self.encode_to_prequant(x))
-
     def decode_code(self, indices: Tensor, shape: tuple[int, int, int] | None = None) -> Tensor:
         """Indices (B, h, w), or flat ones with `shape` = (B, h, w) -> images."""
         return self.decode(self.quantize.embed(indices, shape))
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, VQOutput]:
-        """Reconstruction of `x` through its codes. Nothing is drawn: `noise` is accepted and not used."""
-        output = self.encode(x)
-        return self.decode(output.quantized), output
-
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent before quantization, and zeros."""
-        z = self.encode_to_prequant(x)
-        return z, torch.zeros_like(z)
-
-    def decode_latent(self, z: Tensor) -> Tensor:
-        return self.decode(self.quantize(z).quantized)
 
 
 @remembers_arguments
@@ -141,14 +146,10 @@ class IdentityFirstStage(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         return x
 
-    def decode(self, z: Tensor) -> Tensor:
-        return z
+    decode = decode_latent = encode
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, None]:
         return x, None
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, torch.zeros_like(x)
-
-    def decode_latent(self, z: Tensor) -> Tensor:
-        return z

@@ -34,10 +34,7 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
         if not self.training:
-            raise RuntimeError(
-                "ActNorm is not initialized: it sets itself from its first batch in training mode; "
-                "train for a step or load weights before using it in evaluation mode"
-            )
+            raise RuntimeError("ActNorm is not initialized: that takes a batch in training mode, or weights")
         values = x.float()
         moments = torch.stack([values.mean(dim=(0, 2, 3)), values.square().mean(dim=(0, 2, 3))])  # (2, C)
         count = values.numel() // values.shape[1]
@@ -94,10 +91,7 @@ class NLayerDiscriminator(nn.Module):
         if num_classes is not None:
             self.class_map = nn.Embedding(num_classes, class_channels)
         channels = input_nc + (class_channels if num_classes is not None else 0)
-        layers: list[nn.Module] = [
-            nn.Conv2d(channels, ndf, 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]
+        layers = [nn.Conv2d(channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         channels = ndf
         for n in range(1, n_layers + 1):
             width = ndf * min(2**n, 8)
@@ -116,7 +110,7 @@ class NLayerDiscriminator(nn.Module):
         """Images in [-1, 1]; `labels` (B,) int64 exactly when the discriminator has `num_classes`."""
         if x.ndim != 4 or x.shape[1] != self.input_nc or min(x.shape[-2:]) < self.smallest:
             raise ValueError(
-                f"the discriminator takes (B, {self.input_nc}, H, W) with H and W at least {self.smallest}, "
+                f"the discriminator takes (B, {self.input_nc}, H, W) of at least {self.smallest} pixels, "
                 f"got {tuple(x.shape)}"
             )
         if (labels is None) != (self.num_classes is None):

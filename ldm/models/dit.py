@@ -6,49 +6,32 @@ RMSNorm, SwiGLU and QK-norm are those of hustvl/LightningDiT (https://arxiv.org/
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
-from ldm.models.vit import Mlp
+from ldm.models.network_inputs import check_inputs
+from ldm.models.vit import Mlp, published_numbers
 from ldm.nn.checkpoint import checkpoint
 from ldm.nn.init import zero_module
 from ldm.nn.patch import PatchEmbed, Size, as_pair, rotary_positions, sincos_positions, unpatchify
 from ldm.nn.sequence_attention import ContextAttention, RMSNorm, ViTAttention
-from ldm.nn.timestep import timestep_embedding
+from ldm.nn.timestep import embedding_mlp, timestep_embedding
+from ldm.nn.transformer import SwiGLU
+from ldm.wording import check_choice
 
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 #: "DiT-S/2" and so on -> arguments of `DiT` (Peebles & Xie 2022, table 1), with patches of 1, 2, 4 and 8.
 DIT_SIZES: dict[str, dict[str, int]] = {
-    f"DiT-{name}/{patch_size}": dict(
-        hidden_size=hidden_size, depth=depth, num_heads=num_heads, patch_size=patch_size
-    )
-    for name, (hidden_size, depth, num_heads) in _WIDTHS.items()
-    for patch_size in (1, 2, 4, 8)
+    f"DiT-{name}/{patch}": dict(hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+    for name, (width, depth, heads) in _WIDTHS.items()
+    for patch in (1, 2, 4, 8)
 }
 
 _FREQUENCIES = 256  # channels of the sinusoidal time embedding
-
-
-def _choose(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"DiT: {name}={value!r} does not exist; there are: {', '.join(map(repr, allowed))}")
-
-
-def _numbers(size: str | None, **given: int | None) -> dict[str, int]:
-    """`given`, with what is None taken from the published size."""
-    if size is not None:
-        _choose("size", size, tuple(DIT_SIZES))
-    published = {} if size is None else DIT_SIZES[size]
-    numbers = {name: published.get(name) if value is None else value for name, value in given.items()}
-    missing = [name for name, value in numbers.items() if value is None]
-    if missing:
-        raise ValueError(f"DiT: without a size, give {', '.join(missing)} too")
-    return numbers
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -67,15 +50,25 @@ def _modulation(dim: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
-class TimestepEmbedder(nn.Module):
+class VectorEmbedder(nn.Module):
+    """Conditioning vectors (B, in_channels) -> (B, dim) through a small network."""
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.mlp = embedding_mlp(in_channels, dim)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.mlp(vectors.to(self.mlp[0].weight.dtype))
+
+
+class TimestepEmbedder(VectorEmbedder):
     """Sinusoidal features of the time through a small network: (B,) -> (B, dim)."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        super().__init__(_FREQUENCIES, dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(t, _FREQUENCIES).to(self.mlp[0].weight.dtype))
+        return super().forward(timestep_embedding(t, _FREQUENCIES))
 
 
 class LabelEmbedder(nn.Module):
@@ -90,30 +83,17 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(torch.where(labels == -1, self.num_classes, labels))
 
 
-class VectorEmbedder(nn.Module):
-    """Conditioning vectors (B, in_channels) -> (B, dim) through a small network."""
-
-    def __init__(self, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_channels, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        return self.mlp(vectors.to(self.mlp[0].weight.dtype))
-
-
-class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) = w12(x) (Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 6)."""
-
-    def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        a, b = self.w12(x).chunk(2, dim=-1)
-        return self.drop(self.w3(F.silu(a) * b))
+def _label_embedder(num_classes: int | str | None, adm_in_channels: int | None, dim: int) -> nn.Module | None:
+    if num_classes is None:
+        return None
+    if isinstance(num_classes, int) and num_classes > 0:
+        return LabelEmbedder(num_classes, dim)
+    if num_classes == "sequential" and adm_in_channels:
+        return VectorEmbedder(adm_in_channels, dim)
+    raise ValueError(
+        f"DiT: num_classes={num_classes!r} with adm_in_channels={adm_in_channels} must be None, an int, or "
+        "'sequential' with adm_in_channels"
+    )
 
 
 class DiTBlock(nn.Module):
@@ -187,29 +167,14 @@ class DiT(nn.Module):
     `num_heads` are None; without it, these must be given.
 
     A published DiT is `DiT("DiT-XL/2", num_classes=1000, learn_sigma=True)` in the latents of Stable
-    Diffusion's autoencoder, which has a file of its own; a published SiT is the same with `convention="sit"`,
-    `Denoiser(FlowSchedule(), "flow")`:
-
-        params = {"size": "DiT-XL/2", "num_classes": 1000, "learn_sigma": True}
-        network = ldm.load("DiT-XL-2-256x256.pt", config={"target": "ldm.models.dit.DiT", "params": params})
-        schedule = DiscreteSchedule("sqrt_linear", linear_start=1e-4, linear_end=2e-2)
-        model = LatentDiffusion(
-            ldm.load("sd-vae-ft-mse"),
-            network,
-            Denoiser(schedule, learned_variance=True),
-            Conditioner([ClassLabel(1000)]),
-            image_size=256,
-            latent_scale=0.18215,
-        )
-        cond = model.conditioner({"label": torch.tensor([207, 360])})
-        images = model.to_image(ldm.sample(model, cond=cond, guidance=4.0, sampler="ddpm", steps=250))
+    Diffusion's autoencoder (latent_scale 0.18215), with `Denoiser(DiscreteSchedule("sqrt_linear"),
+    learned_variance=True)`; a published SiT has `convention="sit"` and `Denoiser(FlowSchedule(), "flow")`.
 
     Args:
         size: a key of `DIT_SIZES`, or None.
         input_size: of `x`, an int or (H, W). Other sizes are taken too: their positions are laid over the
             range of this one's.
-        in_channels: of `x`.
-        out_channels: of the prediction; None keeps `in_channels`.
+        in_channels, out_channels: of `x` and of the prediction, which None keeps alike.
         patch_size, hidden_size, depth, num_heads: side of a patch, channels, blocks, and heads of each.
         mlp_ratio: inner width of the mlp over `hidden_size`.
         num_classes: how `y` enters, added to the time embedding. An int: class numbers, embedded;
@@ -235,9 +200,6 @@ class DiT(nn.Module):
             data - noise. `timesteps` and the result are those of the toolkit's flow models all the same
             (1000 at noise; noise - data), and `learn_sigma`'s half, which SiT never trained, is left out.
         use_checkpoint: recompute each block in the backward pass (less memory, more time).
-
-    Attributes:
-        in_channels, out_channels: of `x` and of the result.
 
     Raises:
         ValueError: unknown names, a number missing without a size, sizes that do not divide.
@@ -272,15 +234,14 @@ class DiT(nn.Module):
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        numbers = _numbers(
-            size, patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads
-        )
+        given = dict(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        numbers = published_numbers("DiT", size, DIT_SIZES, **given)
         dim, depth, num_heads = numbers["hidden_size"], numbers["depth"], numbers["num_heads"]
-        _choose("positions", positions, ("sincos", "rotary", "both"))
-        _choose("norm", norm, ("layer", "rms"))
-        _choose("mlp", mlp, ("gelu", "swiglu"))
-        _choose("context_mode", context_mode, ("cross-attention", "tokens"))
-        _choose("convention", convention, ("dit", "sit"))
+        check_choice("DiT: positions", positions, ("sincos", "rotary", "both"))
+        check_choice("DiT: norm", norm, ("layer", "rms"))
+        check_choice("DiT: mlp", mlp, ("gelu", "swiglu"))
+        check_choice("DiT: context_mode", context_mode, ("cross-attention", "tokens"))
+        check_choice("DiT: convention", convention, ("dit", "sit"))
         if not 0 <= in_context_start < max(depth, 1):
             raise ValueError(f"DiT: in_context_start={in_context_start} is none of the {depth} blocks")
         channels = in_channels if out_channels is None else out_channels
@@ -294,7 +255,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(numbers["patch_size"], in_channels, dim)
         self.grid_size = self.x_embedder.grid(*as_pair(input_size, "input_size"))
         self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = self._label_embedder(num_classes, adm_in_channels, dim)
+        self.y_embedder = _label_embedder(num_classes, adm_in_channels, dim)
         # Fixed, so a buffer; it stands in DiT's weights all the same.
         sincos = sincos_positions(dim, self.grid_size)[None] if positions != "rotary" else None
         self.register_buffer("pos_embed", sincos)
@@ -310,19 +271,6 @@ class DiT(nn.Module):
         self.rotary_dim = dim // num_heads if positions != "sincos" else None
         self._rotary(self.grid_size, 0)  # a width that has no rotary positions is an error here, not later
         self._initialize()
-
-    @staticmethod
-    def _label_embedder(
-        num_classes: int | str | None, adm_in_channels: int | None, dim: int
-    ) -> nn.Module | None:
-        if num_classes == "sequential" and adm_in_channels:
-            return VectorEmbedder(adm_in_channels, dim)
-        if num_classes is None or (isinstance(num_classes, int) and num_classes > 0):
-            return LabelEmbedder(num_classes, dim) if num_classes else None
-        raise ValueError(
-            f"DiT: num_classes={num_classes!r} with adm_in_channels={adm_in_channels!r}; allowed: None, a "
-            "positive int, or 'sequential' with adm_in_channels"
-        )
 
     def _initialize(self) -> None:
         """As in DiT's repository: Xavier for matrices, normal(0, 0.02) for embeddings, zero for what ends a
@@ -358,13 +306,12 @@ class DiT(nn.Module):
             y: if and only if `num_classes` is set: (B,) int64 class numbers, of which `num_classes` and -1
                 mean none; (B, adm_in_channels) for "sequential".
 
-        Returns:
-            (B, out_channels, H, W).
+        Returns (B, out_channels, H, W).
 
         Raises:
             ValueError: a shape that does not fit, or `y` or `context` missing or out of place.
         """
-        self._check_inputs(x, timesteps, context, y)
+        check_inputs(self, len(x), timesteps, context, y)
         grid = self.x_embedder.grid(*x.shape[2:])
         c = self.t_embedder(1 - timesteps / 1000 if self.convention == "sit" else timesteps)  # (B, D)
         if self.y_embedder is not None:
@@ -372,7 +319,10 @@ class DiT(nn.Module):
         tokens = self.x_embedder(x)  # (B, h w, D)
         if self.pos_embed is not None:
             tokens = tokens + self._sincos(grid).to(tokens.dtype)
-        h = torch.cat([*self._prefix(context, len(x)), tokens], dim=1)
+        prefix = [] if self.registers is None else [self.registers.expand(len(x), -1, -1)]
+        if self.context_embedder is not None:
+            prefix.append(self.context_embedder(context))
+        h = torch.cat([*prefix, tokens], dim=1)
         rotary = self._rotary(grid, h.shape[1] - tokens.shape[1], x.device)
         cross = context if self.context_embedder is None else None
         for index, block in enumerate(self.blocks):
@@ -383,13 +333,6 @@ class DiT(nn.Module):
         h = self.final_layer(h[:, -tokens.shape[1] :], c)
         out = unpatchify(h, grid, self.x_embedder.patch_size)
         return -out[:, : self.out_channels] if self.convention == "sit" else out
-
-    def _prefix(self, context: Tensor | None, batch: int) -> list[Tensor]:
-        """The tokens that stand before the patches from the first block on, (B, n, D) each."""
-        prefix = [] if self.registers is None else [self.registers.expand(batch, -1, -1)]
-        if self.context_embedder is not None:
-            prefix.append(self.context_embedder(context))
-        return prefix
 
     def _sincos(self, grid: tuple[int, int]) -> Tensor:
         """(1, h w, D)."""
@@ -406,28 +349,3 @@ class DiT(nn.Module):
             return None
         cos, sin = rotary_positions(self.rotary_dim, grid, self.grid_size, device=device)
         return torch.stack([F.pad(cos, (0, 0, prefix, 0), value=1.0), F.pad(sin, (0, 0, prefix, 0))])
-
-    def _check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor | None, y: Tensor | None) -> None:
-        """Raise a ValueError that says what is wrong with the shapes; `PatchEmbed` looks at `x`."""
-        batch = len(x)
-        if tuple(timesteps.shape) != (batch,):
-            raise ValueError(f"DiT: timesteps has shape {tuple(timesteps.shape)}, expected ({batch},)")
-        if (context is None) != (self.context_dim is None):
-            given = "missing" if context is None else "given"
-            raise ValueError(f"DiT: context is {given}, but context_dim is {self.context_dim}")
-        if context is not None and (context.ndim != 3 or context.shape[::2] != (batch, self.context_dim)):
-            raise ValueError(
-                f"DiT: context has shape {tuple(context.shape)}, expected ({batch}, M, {self.context_dim})"
-            )
-        if (y is None) != (self.num_classes is None):
-            given = "missing" if y is None else "given"
-            raise ValueError(f"DiT: y is {given}, but num_classes is {self.num_classes!r}")
-        if y is None:
-            return
-        labels = isinstance(self.num_classes, int)
-        expected = (batch,) if labels else (batch, self.adm_in_channels)
-        if tuple(y.shape) != expected or (labels and y.dtype not in (torch.int32, torch.int64)):
-            kind = "torch.int64 or torch.int32" if labels else "a float type"
-            raise ValueError(
-                f"DiT: y is {y.dtype} of shape {tuple(y.shape)}, expected {kind} of shape {expected}"
-            )

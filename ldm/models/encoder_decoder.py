@@ -2,9 +2,9 @@
 arXiv:2012.09841), with the parameter names of the published latent diffusion checkpoints.
 """
 
-import difflib
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +14,17 @@ from torch.nn import functional as F
 from ldm.arguments import arguments_of, remembers_arguments
 from ldm.nn.attention import make_attn
 from ldm.nn.resblock import Downsample, ResBlock, Upsample, normalize
+from ldm.wording import did_you_mean
 
 
+@dataclass(frozen=True)
 class _Options:
     """Builders of the parts that all levels share."""
 
-    def __init__(
-        self, dropout: float, attn_type: str, attn_options: Mapping[str, Any] | None, num_groups: int
-    ):
-        self.dropout, self.attn_type, self.attn_options = dropout, attn_type, attn_options
-        self.num_groups = num_groups
+    dropout: float
+    attn_type: str
+    attn_options: Mapping[str, Any] | None
+    num_groups: int
 
     def block(self, in_channels: int, out_channels: int) -> ResBlock:
         return ResBlock(in_channels, out_channels, dropout=self.dropout, num_groups=self.num_groups)
@@ -121,8 +122,7 @@ class Encoder(nn.Module):
             raise ValueError(f"the encoder takes images (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(
-                f"height and width must be multiples of the downsampling factor {self.factor}, "
-                f"got {x.shape[2]}x{x.shape[3]}"
+                f"the encoder takes multiples of {self.factor} pixels, got {x.shape[2]}x{x.shape[3]}"
             )
         h = self.conv_in(x)
         for level in self.down:
@@ -208,27 +208,19 @@ def _level_sizes(resolution: int, ch_mult, attn_resolutions) -> list[int]:
     sizes = [resolution // 2**i for i in range(len(ch_mult))]
     unreached = [size for size in attn_resolutions if size not in sizes]
     if unreached:
-        raise ValueError(
-            f"attn_resolutions {unreached}: with resolution {resolution} and {len(sizes)} levels "
-            f"the levels have {sizes} pixels"
-        )
+        raise ValueError(f"attn_resolutions {unreached}: at resolution {resolution} the levels have {sizes}")
     return sizes
 
 
 def check_ddconfig(ddconfig: dict) -> None:
     """ValueError with the nearest right name for an unknown key, and with the list of missing keys."""
-    parameters = {**inspect.signature(Decoder).parameters, **inspect.signature(Encoder).parameters}
-    required = {
-        name
-        for network in (Encoder, Decoder)
-        for name, parameter in inspect.signature(network).parameters.items()
-        if parameter.default is parameter.empty
-    }
+    halves = [inspect.signature(half).parameters for half in (Decoder, Encoder)]
+    known = sorted({name for half in halves for name in half})
     for key in ddconfig:
-        if key not in parameters:
-            near = difflib.get_close_matches(key, parameters, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"ddconfig.{key} is not known{hint}; known are {', '.join(sorted(parameters))}")
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise ValueError(f"ddconfig.{key} is not known; there are {', '.join(known)}{hint}")
+    required = {name for half in halves for name, p in half.items() if p.default is p.empty}
     missing = sorted(required - set(ddconfig))
     if missing:
         raise ValueError(f"ddconfig lacks {', '.join(missing)}")

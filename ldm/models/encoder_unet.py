@@ -13,50 +13,40 @@ from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
 from ldm.models.unet import UNetModel
-from ldm.models.unet_encoder import UNetBlocks, UNetEncoder
+from ldm.models.unet_encoder import UNetEncoder
 from ldm.nn.attention import QKVAttention
 from ldm.nn.init import zero_module
 from ldm.nn.resblock import normalize
+from ldm.nn.sequence_attention import check_divides
+from ldm.wording import check_choice
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 _HIDDEN = 2048  # of the two-layer heads over the features of all levels
 
 
-class AttentionPool(nn.Module):
-    """One vector from a feature map: the mean attends to all positions (as in CLIP, Radford et al. 2021).
+def _normed(channels: int, num_groups: int) -> list[nn.Module]:
+    return [normalize(channels, num_groups, eps=1e-5), nn.SiLU()]
 
-    Args:
-        positions: of the feature map, height times width; exactly so many are taken.
-        channels: of the feature map.
-        head_channels: of each attention head.
-        out_channels: length of the result.
-    """
+
+class AttentionPool(nn.Module):
+    """One vector from a feature map of so many `positions` (height times width) and `channels`: the mean
+    attends to all of them (as in CLIP, Radford et al. 2021)."""
 
     def __init__(self, positions: int, channels: int, head_channels: int, out_channels: int) -> None:
         super().__init__()
-        if head_channels < 1 or channels % head_channels:
-            raise ValueError(
-                f"AttentionPool: num_head_channels={head_channels} does not divide {channels} channels"
-            )
+        check_divides("AttentionPool: num_head_channels", head_channels, channels)
         self.positional_embedding = nn.Parameter(torch.randn(channels, positions + 1) / channels**0.5)
         self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
         self.attention = QKVAttention(channels // head_channels, new_order=True)
         self.c_proj = nn.Conv1d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, out_channels).
-
-        Raises:
-            ValueError: another number of positions than the embedding has.
-        """
+        """(B, C, H, W) -> (B, out_channels); ValueError for another number of positions."""
         x = x.flatten(2)  # (B, C, T)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1)  # the mean first: (B, C, T + 1)
-        expected = self.positional_embedding.shape[1]
-        if x.shape[-1] != expected:
-            raise ValueError(
-                f"AttentionPool: the feature map has {x.shape[-1] - 1} positions, expected {expected - 1}; "
-                "the classifier takes images of its image_size only"
-            )
+        given, expected = x.shape[-1] - 1, self.positional_embedding.shape[1] - 1
+        if given != expected:
+            raise ValueError(f"AttentionPool: {given} positions given, but image_size has {expected}")
         x = self.attention(self.qkv_proj(x + self.positional_embedding))
         return self.c_proj(x)[:, :, 0]
 
@@ -100,12 +90,15 @@ class EncoderUNetModel(UNetEncoder):
         num_groups: int = 32,
         use_fp16: bool = False,
     ) -> None:
-        if pool not in POOLS:
-            raise ValueError(f"EncoderUNetModel: pool={pool!r} does not exist; there are: {', '.join(POOLS)}")
+        check_choice("EncoderUNetModel: pool", pool, POOLS)
         if pool == "attention" and num_head_channels == -1:
             raise ValueError('EncoderUNetModel: pool="attention" needs num_head_channels')
-        blocks = UNetBlocks(
-            emb_channels=4 * model_channels,
+        super().__init__(
+            in_channels=in_channels,
+            model_channels=model_channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            channel_mult=channel_mult,
             dropout=dropout,
             conv_resample=conv_resample,
             resblock_updown=resblock_updown,
@@ -116,37 +109,20 @@ class EncoderUNetModel(UNetEncoder):
             num_head_channels=num_head_channels,
             use_new_attention_order=use_new_attention_order,
         )
-        super().__init__(
-            blocks,
-            in_channels=in_channels,
-            model_channels=model_channels,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            channel_mult=channel_mult,
-        )
         self.pool, self.out_channels = pool, out_channels
         channels = self.channels
         if pool == "adaptive":
-            self.out = nn.Sequential(
-                normalize(channels, num_groups, eps=1e-5),
-                nn.SiLU(),
-                nn.AdaptiveAvgPool2d((1, 1)),
-                zero_module(nn.Conv2d(channels, out_channels, 1)),
-                nn.Flatten(),
-            )
+            head = [zero_module(nn.Conv2d(channels, out_channels, 1)), nn.Flatten()]
+            layers = [*_normed(channels, num_groups), nn.AdaptiveAvgPool2d((1, 1)), *head]
         elif pool == "attention":
             positions = (image_size // self.downsampling_factor) ** 2
-            self.out = nn.Sequential(
-                normalize(channels, num_groups, eps=1e-5),
-                nn.SiLU(),
-                AttentionPool(positions, channels, num_head_channels, out_channels),
-            )
+            head = AttentionPool(positions, channels, num_head_channels, out_channels)
+            layers = [*_normed(channels, num_groups), head]
         else:
-            features = sum(self.skip_channels) + channels
-            between = (
-                [nn.ReLU()] if pool == "spatial" else [normalize(_HIDDEN, num_groups, eps=1e-5), nn.SiLU()]
-            )
-            self.out = nn.Sequential(nn.Linear(features, _HIDDEN), *between, nn.Linear(_HIDDEN, out_channels))
+            first = nn.Linear(sum(self.skip_channels) + channels, _HIDDEN)
+            between = [nn.ReLU()] if pool == "spatial" else _normed(_HIDDEN, num_groups)
+            layers = [first, *between, nn.Linear(_HIDDEN, out_channels)]
+        self.out = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Noisy images (B, in_channels, H, W) at times (B,) -> logits (B, out_channels).
@@ -154,8 +130,8 @@ class EncoderUNetModel(UNetEncoder):
         Raises:
             ValueError: a shape that does not fit.
         """
-        self.check_inputs(x, timesteps, None)
-        h, skips = self.encode(x, self.embed(timesteps, None), None)
+        self.check_inputs(x, timesteps)
+        h, skips = self.encode(x, self.embed(timesteps))
         if self.pool.startswith("spatial"):
             h = torch.cat([level.mean(dim=(2, 3)) for level in (*skips, h)], dim=1)  # (B, features)
         return self.out(h)

@@ -39,13 +39,8 @@ class DiagonalGaussian:
         if other is None:
             terms = self.mean.square() + self.var - 1.0 - self.logvar
         else:
-            terms = (
-                (self.mean - other.mean).square() / other.var
-                + self.var / other.var
-                - 1.0
-                - self.logvar
-                + other.logvar
-            )
+            distance = (self.mean - other.mean).square() / other.var
+            terms = distance + self.var / other.var - 1.0 - self.logvar + other.logvar
         return 0.5 * terms.flatten(1).sum(dim=1)
 
     def nll(self, x: Tensor) -> Tensor:

@@ -38,9 +38,7 @@ class VectorQuantizer(nn.Module):
 
     `remap`: the codes in use (a `.npy` or `.txt` file of int64 indices, or a sequence); `indices` then count
     within that list. An index outside the list becomes, by `unknown_index`,
-        "random": a used code chosen by a fixed hash of the index (the original draws from a global generator;
-        here
-                  the same code always gets the same replacement, so nothing random is left),
+        "random": a used code chosen by a fixed hash of the index (the original draws one each time),
         "extra":  one more index, len(used), which decodes as used code 0,
         an int:   that index of the list.
     """
@@ -86,10 +84,9 @@ class VectorQuantizer(nn.Module):
             codes = self.embedding(indices)
             towards_code = (codes.detach() - rows).square().mean()
             towards_input = (codes - rows.detach()).square().mean()
-            if self.legacy:
-                loss = towards_code + self.beta * towards_input
-            else:
-                loss = self.beta * towards_code + towards_input
+            if not self.legacy:
+                towards_code, towards_input = towards_input, towards_code
+            loss = towards_code + self.beta * towards_input
             perplexity, use = self._usage(indices)
             codes = codes.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()  # (B, D, H, W)
             quantized = (z + (codes - z).detach()).to(self.embedding.weight.dtype)
@@ -109,12 +106,10 @@ class VectorQuantizer(nn.Module):
         dtype = torch.float32 if rows.device.type == "mps" else torch.float64
         codebook = self.embedding.weight.to(dtype)
         norms = codebook.square().sum(dim=1)
-        chunk = max(1, _CHUNK_DISTANCES // self.n_embed)
-        parts = [
-            torch.addmm(norms, part.to(dtype), codebook.t(), alpha=-2).argmin(dim=1)
-            for part in rows.split(chunk)
-        ]
-        return torch.cat(parts)
+        chunks = rows.split(max(1, _CHUNK_DISTANCES // self.n_embed))
+        return torch.cat(
+            [torch.addmm(norms, part.to(dtype), codebook.t(), alpha=-2).argmin(dim=1) for part in chunks]
+        )
 
     def embed(self, indices: Tensor, shape: tuple[int, int, int] | None = None) -> Tensor:
         """Codes of `indices`, which count as this quantizer's output does, remapping included.
@@ -124,15 +119,11 @@ class VectorQuantizer(nn.Module):
         """
         shape = tuple(indices.shape) if shape is None else tuple(shape)
         if len(shape) != 3 or indices.numel() != shape[0] * shape[1] * shape[2]:
-            raise ValueError(
-                f"{tuple(indices.shape)} indices do not fit the grid (B, H, W) = {shape}; see `shape`"
-            )
+            raise ValueError(f"{tuple(indices.shape)} indices do not fit the grid (B, H, W) = {shape}")
         flat = indices.reshape(-1).long()
         if flat.numel() and (flat.min() < 0 or flat.max() >= self.index_count):
-            raise ValueError(
-                f"indices lie in {int(flat.min())}...{int(flat.max())}; "
-                f"allowed are 0...{self.index_count - 1}"
-            )
+            found = f"{int(flat.min())}...{int(flat.max())}"
+            raise ValueError(f"indices lie in {found}; allowed are 0...{self.index_count - 1}")
         if self.remap is not None:
             flat = self.unmap_to_all(flat)
         return self.embedding(flat).view(*shape, self.embed_dim).permute(0, 3, 1, 2).contiguous()
@@ -140,20 +131,17 @@ class VectorQuantizer(nn.Module):
     def remap_to_used(self, indices: Tensor) -> Tensor:
         """Indices of the whole codebook -> indices within `used`, unknown ones by `unknown_index`."""
         count = len(self.used)
-        table = self._unknown_table(count)
+        table = torch.arange(self.n_embed, device=self.used.device)
+        if self.unknown_index == "random":
+            table = (table * 2654435761 % 2**32) % count  # Knuth's multiplicative hash
+        else:
+            table.fill_(count if self.unknown_index == "extra" else self.unknown_index)
         table[self.used] = torch.arange(count, device=self.used.device)
         return table[indices]
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
         """The inverse of `remap_to_used` on used codes; the extra index becomes used code 0."""
         return self.used[torch.where(indices < len(self.used), indices, torch.zeros_like(indices))]
-
-    def _unknown_table(self, count: int) -> Tensor:
-        """(n_embed,) int64: what each code of the codebook would become if it were unknown."""
-        everything = torch.arange(self.n_embed, device=self.used.device)
-        if self.unknown_index == "random":
-            return (everything * 2654435761 % 2**32) % count  # Knuth's multiplicative hash
-        return torch.full_like(everything, count if self.unknown_index == "extra" else self.unknown_index)
 
     @torch.no_grad()
     def _usage(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,9 +168,7 @@ def _read_used(remap: str | os.PathLike | list[int], n_embed: int) -> Tensor:
     else:
         used = _numbers(remap)
     if used.ndim != 1 or len(used) == 0 or used.min() < 0 or used.max() >= n_embed:
-        raise ValueError(
-            f"remap: expected a list of code indices within 0...{n_embed - 1}, got {used.tolist()[:8]}..."
-        )
+        raise ValueError(f"remap: expected code indices within 0...{n_embed - 1}, got {used.tolist()[:8]}...")
     if len(used.unique()) != len(used):
         raise ValueError("remap: a code index occurs twice")
     return used

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
-from ldm.models.unet_encoder import UNetBlocks, UNetEncoder
+from ldm.models.unet_encoder import UNetEncoder
 from ldm.nn.init import conv_nd, zero_module
 from ldm.nn.resblock import normalize
 from ldm.nn.timestep import TimestepEmbedSequential
-
-_TRANSFORMER_ATTENTIONS = ("softmax", "softmax-xformers")
+from ldm.wording import check_choice
 
 
 @remembers_arguments
@@ -110,20 +109,28 @@ class UNetModel(UNetEncoder):
         image_size: int | Sequence[int] | None = None,
         use_fp16: bool = False,
     ) -> None:
-        if spatial_transformer_attn_type not in _TRANSFORMER_ATTENTIONS:
-            raise ValueError(
-                f"UNet: spatial_transformer_attn_type={spatial_transformer_attn_type!r} does not exist; "
-                f"there are: {', '.join(_TRANSFORMER_ATTENTIONS)}"
-            )
+        kinds = ("softmax", "softmax-xformers")
+        check_choice("UNet: spatial_transformer_attn_type", spatial_transformer_attn_type, kinds)
         if use_spatial_transformer is None:
             use_spatial_transformer = context_dim is not None
         if num_heads_upsample not in (-1, num_heads) and (use_spatial_transformer or not legacy):
             raise ValueError(
-                f"UNet: num_heads_upsample={num_heads_upsample} has an effect on AttentionBlocks with "
-                "legacy=True only"
+                f"UNet: num_heads_upsample={num_heads_upsample} needs AttentionBlocks and legacy"
             )
-        blocks = UNetBlocks(
-            emb_channels=4 * model_channels,
+        super().__init__(
+            in_channels=in_channels,
+            model_channels=model_channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            channel_mult=channel_mult,
+            num_classes=num_classes,
+            adm_in_channels=adm_in_channels,
+            transformer_depth=transformer_depth,
+            transformer_depth_middle=transformer_depth_middle,
+            disable_self_attentions=disable_self_attentions,
+            num_attention_blocks=num_attention_blocks,
+            disable_middle_self_attn=disable_middle_self_attn,
+            disable_middle_transformer=disable_middle_transformer,
             dims=dims,
             dropout=dropout,
             conv_resample=conv_resample,
@@ -141,22 +148,6 @@ class UNetModel(UNetEncoder):
             attn_type=attn_type,
             attn_options=attn_options,
         )
-        super().__init__(
-            blocks,
-            in_channels=in_channels,
-            model_channels=model_channels,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            channel_mult=channel_mult,
-            num_classes=num_classes,
-            adm_in_channels=adm_in_channels,
-            transformer_depth=transformer_depth,
-            transformer_depth_middle=transformer_depth_middle,
-            disable_self_attentions=disable_self_attentions,
-            num_attention_blocks=num_attention_blocks,
-            disable_middle_self_attn=disable_middle_self_attn,
-            disable_middle_transformer=disable_middle_transformer,
-        )
         self.out_channels = out_channels
 
         heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -165,11 +156,11 @@ class UNetModel(UNetEncoder):
         for level, width in reversed(list(enumerate(self.widths))):
             last = self.num_res_blocks[level]
             for index in range(last + 1):
-                layers: list[nn.Module] = [blocks.res(channels + skip_channels.pop(), width)]
+                layers: list[nn.Module] = [self.parts.res(channels + skip_channels.pop(), width)]
                 channels = width
-                layers += self._attention(blocks, level, index, heads_upsample)
+                layers += self._attention(level, index, heads_upsample)
                 if level and index == last:
-                    layers.append(blocks.up(channels))
+                    layers.append(self.parts.up(channels))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
@@ -209,7 +200,7 @@ class UNetModel(UNetEncoder):
         Raises:
             ValueError: a shape that does not fit, or `y` or `context` missing or out of place.
         """
-        self.check_inputs(x, timesteps, context)
+        self.check_inputs(x, timesteps, context, y)
         emb = self.embed(timesteps, y)
         h, skips = self.encode(x, emb, context)
         for block in self.output_blocks:

@@ -7,24 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ldm.models.network_inputs import check_inputs
 from ldm.nn.attention import ATTENTION_BUILDERS, AttentionBlock, make_attn
 from ldm.nn.init import conv_nd
 from ldm.nn.resblock import DownsampleND, TimestepResBlock, UpsampleND
-from ldm.nn.timestep import Timestep, TimestepEmbedSequential, timestep_embedding
+from ldm.nn.sequence_attention import check_divides
+from ldm.nn.timestep import Timestep, TimestepEmbedSequential, embedding_mlp, timestep_embedding
 from ldm.nn.transformer import SpatialTransformer
-
-_LABEL_KINDS = ("continuous", "timestep", "sequential")
+from ldm.wording import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetBlocks:
-    """What the blocks of one UNet have in common, and how each kind is made.
-
-    The fields are those arguments of `ldm.models.unet.UNetModel`; `emb_channels` is the length of the time
-    embedding.
+    """What the blocks of one UNet have in common, by the arguments of `ldm.models.unet.UNetModel`, and how
+    each kind is made; `emb_channels` is the length of the time embedding.
     """
 
     emb_channels: int
@@ -46,31 +44,23 @@ class UNetBlocks:
     attn_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_choice("UNet: attn_type", self.attn_type, ("attention", *ATTENTION_BUILDERS))
         if self.attn_type != "attention":
-            self._check_attn_type()
+            if self.use_spatial_transformer:
+                raise ValueError(
+                    f"UNet: attn_type={self.attn_type!r} takes the place of the SpatialTransformers, which "
+                    "use_spatial_transformer or context_dim asks for"
+                )
+            if self.dims != 2:
+                raise ValueError(f"UNet: attn_type={self.attn_type!r} is for dims=2, not dims={self.dims}")
         elif self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError("UNet: give num_heads or num_head_channels; both are -1")
         elif self.attn_options:
             raise ValueError(
-                f'UNet: attn_options={dict(self.attn_options)} has no effect on attn_type="attention"'
+                f'UNet: attn_options {[*self.attn_options]} has no effect on attn_type="attention"'
             )
         if self.context_dim is not None and not self.use_spatial_transformer:
-            raise ValueError(
-                f"UNet: context_dim={self.context_dim} needs use_spatial_transformer=True; "
-                "an AttentionBlock takes no context"
-            )
-
-    def _check_attn_type(self) -> None:
-        if self.attn_type not in ATTENTION_BUILDERS:
-            names = ", ".join(("attention", *ATTENTION_BUILDERS))
-            raise ValueError(f"UNet: attn_type={self.attn_type!r} does not exist; there are: {names}")
-        if self.use_spatial_transformer:
-            raise ValueError(
-                f"UNet: attn_type={self.attn_type!r} takes the place of the SpatialTransformers, which "
-                "use_spatial_transformer or context_dim asks for; leave these out"
-            )
-        if self.dims != 2:
-            raise ValueError(f"UNet: attn_type={self.attn_type!r} is made for dims=2, not dims={self.dims}")
+            raise ValueError(f"UNet: context_dim={self.context_dim} needs use_spatial_transformer=True")
 
     def res(self, channels: int, out_channels: int, **resampling: bool) -> TimestepResBlock:
         return TimestepResBlock(
@@ -128,8 +118,7 @@ class UNetBlocks:
     def _transformer_heads(self, channels: int) -> tuple[int, int]:
         """Number of heads and channels of each, at this width."""
         if self.num_head_channels == -1:
-            if self.num_heads < 1 or channels % self.num_heads:
-                raise ValueError(f"UNet: num_heads={self.num_heads} does not divide {channels} channels")
+            check_divides("UNet: num_heads", self.num_heads, channels)
             return self.num_heads, channels // self.num_heads
         if not 1 <= self.num_head_channels <= channels:
             raise ValueError(
@@ -143,7 +132,7 @@ class UNetBlocks:
 class UNetEncoder(nn.Module):
     """The half of the UNet that classifiers share: embeddings, `input_blocks` and `middle_block`.
 
-    Args are those of `UNetModel`, the common ones of all blocks in `blocks`.
+    Args are those of `UNetModel`, those of all blocks as keywords (see `UNetBlocks`).
 
     Attributes:
         channels: of the middle block's output.
@@ -153,7 +142,6 @@ class UNetEncoder(nn.Module):
 
     def __init__(
         self,
-        blocks: UNetBlocks,
         *,
         in_channels: int,
         model_channels: int,
@@ -168,8 +156,11 @@ class UNetEncoder(nn.Module):
         num_attention_blocks: Sequence[int] | None = None,
         disable_middle_self_attn: bool = False,
         disable_middle_transformer: bool = False,
+        **common,
     ) -> None:
         super().__init__()
+        emb_channels = 4 * model_channels
+        self.parts = blocks = UNetBlocks(emb_channels=emb_channels, **common)
         levels = len(channel_mult)
         if not levels:
             raise ValueError("UNet: channel_mult is empty; give a width for at least one level")
@@ -179,22 +170,15 @@ class UNetEncoder(nn.Module):
         self.adm_in_channels = adm_in_channels
         self.dims = blocks.dims
         self.context_dim = blocks.context_dim
-        self.attn_type, self.attn_options = blocks.attn_type, dict(blocks.attn_options or {})
         self.downsampling_factor = 2 ** (levels - 1)
         self.attention_resolutions = tuple(attention_resolutions)
         self.widths = [int(mult * model_channels) for mult in channel_mult]
         self.num_res_blocks = _per_level("num_res_blocks", num_res_blocks, levels)
         self.depths = _per_level("transformer_depth", transformer_depth, levels)
-        self.disable_self_attentions = _per_level(
-            "disable_self_attentions",
-            False if disable_self_attentions is None else disable_self_attentions,
-            levels,
-        )
+        disabled = False if disable_self_attentions is None else disable_self_attentions
+        self.disable_self_attentions = _per_level("disable_self_attentions", disabled, levels)
         if blocks.context_dim is None and (any(self.disable_self_attentions) or disable_middle_self_attn):
-            raise ValueError(
-                "UNet: self-attention can only be disabled where there is a context to attend to instead; "
-                "give context_dim"
-            )
+            raise ValueError("UNet: self-attention can only be disabled with a context_dim")
         self.num_attention_blocks = None
         if num_attention_blocks is not None:
             self.num_attention_blocks = _per_level("num_attention_blocks", list(num_attention_blocks), levels)
@@ -203,13 +187,11 @@ class UNetEncoder(nn.Module):
                     f"UNet: num_attention_blocks={self.num_attention_blocks} exceeds "
                     f"num_res_blocks={self.num_res_blocks} at some level"
                 )
-
         if adm_in_channels is not None and num_classes != "sequential":
             raise ValueError(
                 f'UNet: adm_in_channels={adm_in_channels} needs num_classes="sequential", not {num_classes!r}'
             )
-        emb_channels = blocks.emb_channels
-        self.time_embed = _embedding_mlp(model_channels, emb_channels)
+        self.time_embed = embedding_mlp(model_channels, emb_channels)
         if num_classes is not None:
             self.label_emb = _label_embedding(num_classes, model_channels, emb_channels, adm_in_channels)
 
@@ -222,7 +204,7 @@ class UNetEncoder(nn.Module):
             for index in range(self.num_res_blocks[level]):
                 layers: list[nn.Module] = [blocks.res(channels, width)]
                 channels = width
-                layers += self._attention(blocks, level, index)
+                layers += self._attention(level, index)
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 self.skip_channels.append(channels)
             if level != levels - 1:
@@ -231,34 +213,26 @@ class UNetEncoder(nn.Module):
         self.channels = channels
 
         depth = self.depths[-1] if transformer_depth_middle is None else transformer_depth_middle
-        self.middle_block = TimestepEmbedSequential(
-            blocks.res(channels, channels),
-            nn.Identity()
-            if disable_middle_transformer
-            else blocks.attention(channels, depth, disable_middle_self_attn),
-            blocks.res(channels, channels),
-        )
+        first, middle = blocks.res(channels, channels), nn.Identity()
+        if not disable_middle_transformer:
+            middle = blocks.attention(channels, depth, disable_middle_self_attn)
+        self.middle_block = TimestepEmbedSequential(first, middle, blocks.res(channels, channels))
 
-    def _attention(
-        self, blocks: UNetBlocks, level: int, index: int, num_heads: int | None = None
-    ) -> list[nn.Module]:
+    def _attention(self, level: int, index: int, num_heads: int | None = None) -> list[nn.Module]:
         """The attention after the residual block `index` of `level`: a list of one, or of none."""
         if 2**level not in self.attention_resolutions:
             return []
         if self.num_attention_blocks is not None and index >= self.num_attention_blocks[level]:
             return []
         disable_self_attn = self.disable_self_attentions[level]
-        return [blocks.attention(self.widths[level], self.depths[level], disable_self_attn, num_heads)]
+        return [self.parts.attention(self.widths[level], self.depths[level], disable_self_attn, num_heads)]
 
-    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """timesteps (B,), y as `UNetModel.forward` takes it -> (B, 4 model_channels)."""
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
         if self.num_classes is None:
-            if y is not None:
-                raise ValueError(f"UNet: y of shape {tuple(y.shape)} given, but num_classes is None")
             return emb
-        self._check_y(y, len(timesteps))
         if self.num_classes == "timestep":
             features, mlp = self.label_emb
             return emb + mlp(features(y).to(dtype))
@@ -267,7 +241,7 @@ class UNetEncoder(nn.Module):
         return emb + self.label_emb(y if isinstance(self.num_classes, int) else y.to(dtype))
 
     def encode(
-        self, x: Tensor, emb: Tensor, context: Tensor | Sequence[Tensor] | None
+        self, x: Tensor, emb: Tensor, context: Tensor | Sequence[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The middle block's output, and the output of each input block."""
         skips = []
@@ -276,54 +250,22 @@ class UNetEncoder(nn.Module):
             skips.append(x)
         return self.middle_block(x, emb, context), skips
 
-    def check_inputs(self, x: Tensor, timesteps: Tensor, context: Tensor | Sequence[Tensor] | None) -> None:
+    def check_inputs(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | Sequence[Tensor] | None = None,
+        y: Tensor | None = None,
+    ) -> None:
         """Raise a ValueError that says what is wrong with the shapes."""
         if x.ndim != 2 + self.dims or x.shape[1] != self.in_channels:
             expected = ", ".join(["B", str(self.in_channels), *"DHW"[-self.dims :]])
             raise ValueError(f"UNet: x has shape {tuple(x.shape)}, expected ({expected})")
-        factor = self.downsampling_factor
-        if any(size % factor for size in x.shape[2:][-2:]):
+        if any(size % self.downsampling_factor for size in x.shape[2:][-2:]):
             raise ValueError(
-                f"UNet: the size {tuple(x.shape[2:])} of x is no multiple of {factor}, "
-                f"the downsampling of {len(self.widths)} levels"
+                f"UNet: the size {tuple(x.shape[2:])} of x is no multiple of {self.downsampling_factor}"
             )
-        if tuple(timesteps.shape) != (len(x),):
-            raise ValueError(f"UNet: timesteps has shape {tuple(timesteps.shape)}, expected ({len(x)},)")
-        self._check_context(context, len(x))
-
-    def _check_context(self, context: Tensor | Sequence[Tensor] | None, batch: int) -> None:
-        if self.context_dim is None:
-            if context is not None:
-                raise ValueError("UNet: a context is given, but context_dim is None: nothing takes it")
-            return
-        if context is None:
-            raise ValueError(f"UNet: context is missing; expected ({batch}, N, {self.context_dim})")
-        dims = [self.context_dim] if isinstance(self.context_dim, int) else list(self.context_dim)
-        contexts = [context] if isinstance(context, Tensor) else list(context)
-        for tokens in contexts:
-            if tokens.ndim != 3 or tokens.shape[0] != batch or tokens.shape[2] not in dims:
-                expected = " or ".join(str(dim) for dim in dict.fromkeys(dims))
-                raise ValueError(
-                    f"UNet: context has shape {tuple(tokens.shape)}, expected ({batch}, N, {expected})"
-                )
-
-    def _check_y(self, y: Tensor | None, batch: int) -> None:
-        shapes: list[tuple[int, ...]] = [(batch,)]
-        if self.num_classes == "continuous":
-            shapes.append((batch, 1))
-        elif self.num_classes == "sequential":
-            shapes = [(batch, self.adm_in_channels)]
-        expected = f"shape {' or '.join(map(str, shapes))}"
-        if isinstance(self.num_classes, int):
-            expected += " in torch.int64 or torch.int32"
-        if y is None:
-            raise ValueError(f"UNet: y is missing; num_classes={self.num_classes!r} expects {expected}")
-        wrong_dtype = isinstance(self.num_classes, int) and y.dtype not in (torch.int32, torch.int64)
-        if tuple(y.shape) not in shapes or wrong_dtype:
-            raise ValueError(
-                f"UNet: y is {y.dtype} of shape {tuple(y.shape)}; "
-                f"num_classes={self.num_classes!r} expects {expected}"
-            )
+        check_inputs(self, len(x), timesteps, context, y)
 
 
 def _per_level(name: str, value: int | Sequence, levels: int) -> list:
@@ -332,16 +274,8 @@ def _per_level(name: str, value: int | Sequence, levels: int) -> list:
         return [value] * levels
     entries = list(value)
     if len(entries) != levels:
-        raise ValueError(
-            f"UNet: {name}={entries} has {len(entries)} entries for {levels} levels (channel_mult)"
-        )
+        raise ValueError(f"UNet: {name}={entries} has {len(entries)} entries for {levels} levels")
     return entries
-
-
-def _embedding_mlp(in_features: int, emb_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(in_features, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
-    )
 
 
 def _label_embedding(
@@ -350,15 +284,11 @@ def _label_embedding(
     """The layer that `y` goes through; see `ldm.models.unet.UNetModel` for the kinds."""
     if isinstance(num_classes, int):
         return nn.Embedding(num_classes, emb_channels)
+    check_choice("UNet: num_classes", num_classes, ("continuous", "timestep", "sequential"))
     if num_classes == "continuous":
         return nn.Linear(1, emb_channels)
     if num_classes == "timestep":
-        return nn.Sequential(Timestep(model_channels), _embedding_mlp(model_channels, emb_channels))
-    if num_classes == "sequential":
-        if adm_in_channels is None:
-            raise ValueError('UNet: num_classes="sequential" needs adm_in_channels, the length of y')
-        return nn.Sequential(_embedding_mlp(adm_in_channels, emb_channels))
-    raise ValueError(
-        f"UNet: num_classes={num_classes!r} does not exist; give a number of classes, None, or one of: "
-        f"{', '.join(_LABEL_KINDS)}"
-    )
+        return nn.Sequential(Timestep(model_channels), embedding_mlp(model_channels, emb_channels))
+    if adm_in_channels is None:
+        raise ValueError('UNet: num_classes="sequential" needs adm_in_channels, the length of y')
+    return nn.Sequential(embedding_mlp(adm_in_channels, emb_channels))

@@ -7,6 +7,7 @@ Follows Dosovitskiy et al. 2020 (https://arxiv.org/abs/2010.11929) and Touvron e
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,62 +17,50 @@ from ldm.arguments import remembers_arguments
 from ldm.nn.checkpoint import checkpoint
 from ldm.nn.patch import PatchEmbed, Size, as_pair, interpolate_positions
 from ldm.nn.sequence_attention import ViTAttention
+from ldm.wording import check_choice
 
-_IMAGENET_1K, _IMAGENET_21K = 1000, 21843
-
-
-def _published(patch_size: int, embed_dim: int, depth: int, num_heads: int) -> dict[str, int]:
-    return dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
-
-
-_BACKBONES = {
-    "vit_base_patch16_224": _published(16, 768, 12, 12),
-    "vit_base_patch32_224": _published(32, 768, 12, 12),
-    "vit_large_patch16_224": _published(16, 1024, 24, 16),
-    "vit_large_patch32_224": _published(32, 1024, 24, 16),
-    "vit_huge_patch14_224": _published(14, 1280, 32, 16),
+_BACKBONES = {  # patch_size, embed_dim, depth, num_heads
+    "vit_base_patch16_224": (16, 768, 12, 12),
+    "vit_base_patch32_224": (32, 768, 12, 12),
+    "vit_large_patch16_224": (16, 1024, 24, 16),
+    "vit_large_patch32_224": (32, 1024, 24, 16),
+    "vit_huge_patch14_224": (14, 1280, 32, 16),
 }
 
 #: name -> arguments of `VisionTransformer`. Each size has ImageNet-1k's head, and as `..._in21k` that of
 #: ImageNet-21k with the representation layer. (Weights exist for all but large/32 and huge/14 on 1k.)
 VIT_SIZES: dict[str, dict[str, int]] = {
-    **{
-        name: {"img_size": 224, **backbone, "num_classes": _IMAGENET_1K, "representation_size": 0}
-        for name, backbone in _BACKBONES.items()
-    },
-    **{
-        f"{name}_in21k": {
-            "img_size": 224,
-            **backbone,
-            "num_classes": _IMAGENET_21K,
-            "representation_size": backbone["embed_dim"],
-        }
-        for name, backbone in _BACKBONES.items()
-    },
+    name + suffix: {
+        "img_size": 224,
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "num_classes": num_classes,
+        "representation_size": embed_dim if suffix else 0,
+    }
+    for suffix, num_classes in (("", 1000), ("_in21k", 21843))
+    for name, (patch_size, embed_dim, depth, num_heads) in _BACKBONES.items()
 }
 
 
-def _numbers(size: str | None, **given: Any) -> dict[str, Any]:
-    """`given`, with what is None taken from the published size."""
-    if size is not None and size not in VIT_SIZES:
-        names = ", ".join(VIT_SIZES)
-        raise ValueError(f"VisionTransformer: size={size!r} does not exist; there are: {names}")
-    published = {"representation_size": 0} if size is None else VIT_SIZES[size]
+def published_numbers(
+    network: str, size: str | None, sizes: Mapping[str, Mapping[str, int]], **given: Any
+) -> dict[str, Any]:
+    """`given`, with what is None taken from the published size; ValueError for what is then still None."""
+    if size is not None:
+        check_choice(f"{network}: size", size, sizes)
+    published = {} if size is None else sizes[size]
     numbers = {name: published.get(name) if value is None else value for name, value in given.items()}
     missing = [name for name, value in numbers.items() if value is None]
     if missing:
-        raise ValueError(f"VisionTransformer: without a size, give {', '.join(missing)} too")
+        raise ValueError(f"{network}: without a size, give {', '.join(missing)} too")
     return numbers
 
 
 class DropPath(nn.Module):
-    """Leave out a residual branch for whole samples at random, and scale it up where it stays.
-
-    Stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382): in training the branch of each
-    sample is zero with probability `rate`, else divided by 1 - rate; in evaluation nothing happens.
-
-    Raises:
-        ValueError: `rate` outside of [0, 1).
+    """Stochastic depth (Huang et al. 2016, https://arxiv.org/abs/1603.09382): in training the residual branch
+    of each sample is zero with probability `rate`, in [0, 1) (else ValueError), or divided by 1 - rate.
     """
 
     def __init__(self, rate: float = 0.0) -> None:
@@ -92,14 +81,7 @@ class DropPath(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear, with dropout after both (names `fc1`, `fc2`).
-
-    Args:
-        dim: channels of the tokens, in and out.
-        hidden: channels inside.
-        dropout: probability of a zero.
-        approximate: of the GELU: "none" (ViT) or "tanh" (DiT).
-    """
+    """Linear, GELU (`approximate` "none" in ViT, "tanh" in DiT), linear, with dropout after both."""
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0, approximate: str = "none") -> None:
         super().__init__()
@@ -194,29 +176,30 @@ class VisionTransformer(nn.Module):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        numbers = _numbers(
+        no_layer = representation_size is None and (distilled or size is None)
+        numbers = published_numbers(
+            "VisionTransformer",
             size,
+            VIT_SIZES,
             img_size=img_size,
             patch_size=patch_size,
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
             num_classes=num_classes,
-            representation_size=0 if distilled and representation_size is None else representation_size,
+            representation_size=0 if no_layer else representation_size,
         )
         img_size, patch_size = as_pair(numbers["img_size"], "img_size"), numbers["patch_size"]
         self.embed_dim = embed_dim = numbers["embed_dim"]
         self.num_classes = num_classes = numbers["num_classes"]
         if num_classes == "auto":
-            raise ValueError(
-                'VisionTransformer: num_classes="auto" stands in training configs, where the data fills it in'
-            )
+            raise ValueError('VisionTransformer: num_classes="auto" is for training configs alone')
         depth, num_heads = numbers["depth"], numbers["num_heads"]
         representation_size = numbers["representation_size"]
         if distilled and representation_size:
             raise ValueError(
                 f"VisionTransformer: representation_size={representation_size} and distilled=True exclude "
-                "each other: there is one such layer and two heads"
+                "each other"
             )
         self.use_checkpoint = use_checkpoint
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, None if dynamic_img_size else img_size)
@@ -233,15 +216,14 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pre_logits = nn.Sequential()
-        features = embed_dim
         if representation_size:
             self.pre_logits.add_module("fc", nn.Linear(embed_dim, representation_size))
             self.pre_logits.add_module("act", nn.Tanh())
-            features = representation_size
-        self.head = nn.Linear(features, num_classes) if num_classes else nn.Identity()
-        self.head_dist = None
-        if distilled:
-            self.head_dist = nn.Linear(features, num_classes) if num_classes else nn.Identity()
+        head = (
+            partial(nn.Linear, representation_size or embed_dim, num_classes) if num_classes else nn.Identity
+        )
+        self.head = head()
+        self.head_dist = head() if distilled else None
         self._initialize(init_std)
 
     def _initialize(self, std: float) -> None:
@@ -301,15 +283,10 @@ def linear_decay(rate: float, depth: int) -> list[float]:
 def fit_positions(
     state_dict: Mapping[str, Tensor], model: VisionTransformer, grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """A state dict whose position embedding is brought to the grid of `model`.
+    """A state dict of another image size, its position embedding brought to the grid of `model`.
 
-    Args:
-        state_dict: of a network with the same tokens at another image size.
-        model: the network that it shall be loaded into.
-        grid: (h, w) patches of the state dict; None for a square.
-
-    Raises:
-        ValueError: there is no `pos_embed`, or its length does not belong to `grid` or to any square.
+    `grid` (h, w) are the patches of the state dict, None for a square. Raises ValueError where there is no
+    `pos_embed`, or its length does not belong to `grid` or to any square.
     """
     if "pos_embed" not in state_dict:
         raise ValueError("fit_positions: the state dict has no 'pos_embed'")

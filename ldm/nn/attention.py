@@ -1,7 +1,6 @@
 """Attention over the positions of a feature map, and over conditioning tokens.
 
-All softmax attention is `ldm.nn.sequence_attention.attend`, the positions taken as a sequence. Parameter
-names are those of the original repositories.
+All softmax attention is `ldm.nn.sequence_attention.attend`. Parameter names are the original repositories'.
 """
 
 import inspect
@@ -15,7 +14,8 @@ from ldm.nn.channel_attention import CBAM, EfficientChannelAttention, SqueezeExc
 from ldm.nn.checkpoint import checkpoint
 from ldm.nn.init import zero_module
 from ldm.nn.resblock import normalize
-from ldm.nn.sequence_attention import attend, split_heads
+from ldm.nn.sequence_attention import attend, attend_tokens, check_divides
+from ldm.wording import check_choice
 
 
 class AttnBlock(nn.Module):
@@ -45,11 +45,7 @@ class LinearAttention(nn.Module):
 
     out = to_out(context^T q), without scale and without a softmax over q, as in the latent diffusion
     repository (after Katharopoulos et al. 2020 and Shen et al. 2018, https://arxiv.org/abs/1812.01243).
-
-    Args:
-        dim: channels of input and output.
-        heads: number of heads.
-        dim_head: channels of a head.
+    `heads` of `dim_head` channels each; `dim` channels in and out.
     """
 
     def __init__(self, dim: int, heads: int = 4, dim_head: int = 32) -> None:
@@ -69,49 +65,24 @@ class LinearAttention(nn.Module):
 
 
 class LinAttnBlock(LinearAttention):
-    """`LinearAttention` with one head of all channels, in the place of an `AttnBlock`.
-
-    As in the original it has neither a norm nor a residual.
-    """
+    """`LinearAttention` with one head of all channels; as in the original without norm and residual."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(dim=in_channels, heads=1, dim_head=in_channels)
 
 
-def _linear(in_channels: int, num_groups: int) -> nn.Module:
-    return LinAttnBlock(in_channels)
-
-
-def _none(in_channels: int, num_groups: int) -> nn.Module:
-    return nn.Identity()
-
-
-def _se(in_channels: int, num_groups: int, reduction: int = 16) -> nn.Module:
-    return SqueezeExcitation(in_channels, reduction)
-
-
-def _cbam(
-    in_channels: int, num_groups: int, reduction: int = 16, kernel_size: int = 7, parts: str = "both"
-) -> nn.Module:
-    return CBAM(in_channels, reduction, kernel_size, parts)
-
-
-def _eca(in_channels: int, num_groups: int, gamma: float = 2.0, b: float = 1.0) -> nn.Module:
-    return EfficientChannelAttention(in_channels, gamma, b)
-
-
-#: attn_type -> builder(in_channels, num_groups, **options) of a module (B, C, H, W) -> (B, C, H, W).
+#: attn_type -> builder(channels, **options) of a module (B, C, H, W) -> (B, C, H, W); one with `num_groups`
+#: among its parameters is given that of the network.
 ATTENTION_BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "vanilla": AttnBlock,
     # sgm's name for the same function and parameters on another kernel.
     "vanilla-xformers": AttnBlock,
-    "linear": _linear,
-    "se": _se,
-    "cbam": _cbam,
-    "eca": _eca,
-    "none": _none,
+    "linear": LinAttnBlock,
+    "se": SqueezeExcitation,
+    "cbam": CBAM,
+    "eca": EfficientChannelAttention,
+    "none": nn.Identity,
 }
-_FOR_ALL = ("in_channels", "num_groups")
 
 
 def make_attn(
@@ -131,21 +102,17 @@ def make_attn(
             spatial), `gamma` and `b` (eca).
 
     Raises:
-        ValueError: unknown `attn_type` or option (the message lists what exists), or a number that does not
-            fit the channels.
+        ValueError: unknown `attn_type` or option, or a number that does not fit the channels.
     """
-    if attn_type not in ATTENTION_BUILDERS:
-        names = ", ".join(ATTENTION_BUILDERS)
-        raise ValueError(f"attn_type={attn_type!r} does not exist; there are: {names}")
+    check_choice("attn_type", attn_type, ATTENTION_BUILDERS)
     builder, options = ATTENTION_BUILDERS[attn_type], dict(options or {})
-    allowed = [name for name in inspect.signature(builder).parameters if name not in _FOR_ALL]
-    unknown = [name for name in options if name not in allowed]
-    if unknown:
-        raise ValueError(
-            f"attn_options: {', '.join(unknown)} is no option of attn_type={attn_type!r}; "
-            f"there are: {', '.join(allowed) or 'none'}"
-        )
-    return builder(in_channels, num_groups, **options)
+    parameters = inspect.signature(builder).parameters
+    named = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    for option in options:
+        check_choice(f"an option of attn_type={attn_type!r}", option, [n for n in named if n != "num_groups"])
+    if "num_groups" in named:
+        options["num_groups"] = num_groups
+    return builder(in_channels, **options)
 
 
 class QKVAttention(nn.Module):
@@ -154,10 +121,6 @@ class QKVAttention(nn.Module):
     Two layouts of the 3C channels exist in published weights: the legacy one splits the heads first
     (head 0's q, k, v, then head 1's, ...), the new one q, k, v first (all heads' q, then all k, then all v).
     The originals scale q and k by d^-1/4 each, which is the 1 / sqrt(d) of `scaled_dot_product_attention`.
-
-    Args:
-        num_heads: number of heads.
-        new_order: the new layout instead of the legacy one.
     """
 
     def __init__(self, num_heads: int, new_order: bool = False) -> None:
@@ -199,12 +162,11 @@ class AttentionBlock(nn.Module):
         num_groups: int = 32,
     ) -> None:
         super().__init__()
-        by_count = num_head_channels == -1
-        divisor = num_heads if by_count else num_head_channels
-        if divisor < 1 or channels % divisor:
-            name = "num_heads" if by_count else "num_head_channels"
-            raise ValueError(f"AttentionBlock: {name}={divisor} does not divide {channels} channels")
-        num_heads = num_heads if by_count else channels // num_head_channels
+        if num_head_channels == -1:
+            check_divides("AttentionBlock: num_heads", num_heads, channels)
+        else:
+            check_divides("AttentionBlock: num_head_channels", num_head_channels, channels)
+            num_heads = channels // num_head_channels
         self.use_checkpoint = use_checkpoint
         self.norm = normalize(channels, num_groups, eps=1e-5)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -253,15 +215,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """x (B, N, query_dim), context (B, M, context_dim) or None for x -> (B, N, query_dim).
 
-        Args:
-            mask: where a query may attend to, as in `attend`.
-
-        Raises:
-            ValueError: the mask has another shape, or is neither bool nor integer.
+        `mask` and its ValueError as in `attend`.
         """
         context = x if context is None else context
-        q, k, v = (
-            split_heads(linear(tokens), self.heads)
-            for linear, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        return self.to_out(
+            attend_tokens(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask)
         )
-        return self.to_out(attend(q, k, v, mask))

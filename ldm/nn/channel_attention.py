@@ -9,31 +9,24 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ldm.wording import check_choice
 
-def _reduced(channels: int, reduction: int, where: str) -> int:
+
+def _reduced(channels: int, reduction: int) -> int:
     """Width of a bottleneck, at least 1."""
-    if reduction < 1 or channels < reduction:
-        raise ValueError(
-            f"{where}: reduction={reduction} leaves nothing of {channels} channels; allowed: 1 to {channels}"
-        )
+    if not 1 <= reduction <= channels:
+        raise ValueError(f"reduction={reduction} of {channels} channels must be from 1 to {channels}")
     return channels // reduction
 
 
 class SqueezeExcitation(nn.Module):
     """x * sigmoid(W2 relu(W1 mean(x))), one weight a channel (Hu et al. 2017, https://arxiv.org/abs/1709.01507,
-    eqs. 2-4).
-
-    Args:
-        channels: of input and output.
-        reduction: the bottleneck has `channels // reduction` channels.
-
-    Raises:
-        ValueError: `reduction` is less than 1 or more than `channels`.
+    eqs. 2-4), the bottleneck `channels // reduction` wide; ValueError where that is 0.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = _reduced(channels, reduction, "SqueezeExcitation")
+        hidden = _reduced(channels, reduction)
         self.fc = nn.Sequential(
             nn.Linear(channels, hidden, bias=False),
             nn.ReLU(),
@@ -47,21 +40,13 @@ class SqueezeExcitation(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """CBAM's weights of the channels: sigmoid(mlp(mean(x)) + mlp(max(x))), the mlp shared.
-
-    Follows Woo et al. 2018 (https://arxiv.org/abs/1807.06521, eq. 2).
-
-    Args:
-        channels: of the input.
-        reduction: the bottleneck has `channels // reduction` channels.
-
-    Raises:
-        ValueError: `reduction` is less than 1 or more than `channels`.
+    """CBAM's weights of the channels: sigmoid(mlp(mean(x)) + mlp(max(x))), the mlp shared (Woo et al. 2018,
+    https://arxiv.org/abs/1807.06521, eq. 2), its bottleneck as in `SqueezeExcitation`.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
-        hidden = _reduced(channels, reduction, "ChannelAttention")
+        hidden = _reduced(channels, reduction)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
@@ -72,15 +57,8 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """CBAM's weights of the places: sigmoid(conv([mean(x), max(x)])), both over the channels.
-
-    Follows Woo et al. 2018 (https://arxiv.org/abs/1807.06521, eq. 3).
-
-    Args:
-        kernel_size: of the convolution, odd.
-
-    Raises:
-        ValueError: an even kernel, which would shift the map.
+    """CBAM's weights of the places: sigmoid(conv([mean(x), max(x)])), both over the channels (Woo et al.
+    2018, https://arxiv.org/abs/1807.06521, eq. 3). ValueError for an even kernel, which would shift the map.
     """
 
     def __init__(self, kernel_size: int = 7) -> None:
@@ -95,27 +73,15 @@ class SpatialAttention(nn.Module):
         return torch.sigmoid(self.conv1(pooled))
 
 
-CBAM_PARTS = ("both", "channel", "spatial")
-
-
 class CBAM(nn.Module):
     """Channel attention, then spatial attention on its result (Woo et al. 2018,
-    https://arxiv.org/abs/1807.06521, eq. 1), or one of the two alone.
-
-    Args:
-        channels: of input and output.
-        reduction: of the channel attention.
-        kernel_size: of the spatial attention, odd.
-        parts: "both", "channel" or "spatial".
-
-    Raises:
-        ValueError: no such `parts`; see also `ChannelAttention` and `SpatialAttention`.
+    https://arxiv.org/abs/1807.06521, eq. 1), or one of the two alone, by `parts`: "both", "channel" or
+    "spatial". `reduction` is the channel attention's, `kernel_size` the spatial one's.
     """
 
     def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7, parts: str = "both") -> None:
         super().__init__()
-        if parts not in CBAM_PARTS:
-            raise ValueError(f"CBAM: parts={parts!r} does not exist; there are: {', '.join(CBAM_PARTS)}")
+        check_choice("CBAM: parts", parts, ("both", "channel", "spatial"))
         self.channelattention = ChannelAttention(channels, reduction) if parts != "spatial" else None
         self.spatialattention = SpatialAttention(kernel_size) if parts != "channel" else None
 
@@ -129,13 +95,8 @@ class CBAM(nn.Module):
 
 
 def eca_kernel_size(channels: int, gamma: float = 2.0, b: float = 1.0) -> int:
-    """The odd number that |log2(channels) / gamma + b / gamma| is cut to, or the next odd one above.
-
-    Follows Wang et al. 2019 (https://arxiv.org/abs/1910.03151, eq. 12) and its published code, which cuts
-    to a whole number first.
-
-    Raises:
-        ValueError: `channels` is less than 1, or `gamma` is 0.
+    """The odd number that |log2(channels) / gamma + b / gamma| is cut to, or the next odd one above (Wang et
+    al. 2019, https://arxiv.org/abs/1910.03151, eq. 12, cut first as in its code). ValueError for gamma 0.
     """
     if channels < 1 or gamma == 0:
         raise ValueError(f"eca_kernel_size: channels={channels} must be at least 1 and gamma={gamma} not 0")
@@ -144,13 +105,8 @@ def eca_kernel_size(channels: int, gamma: float = 2.0, b: float = 1.0) -> int:
 
 
 class EfficientChannelAttention(nn.Module):
-    """x * sigmoid(conv1d(mean(x))): each channel's weight from its neighbours' means alone, k parameters.
-
-    Follows Wang et al. 2019 (https://arxiv.org/abs/1910.03151, section 3.3).
-
-    Args:
-        channels: of input and output; sets the kernel size, see `eca_kernel_size`.
-        gamma, b: of that rule.
+    """x * sigmoid(conv1d(mean(x))): each channel's weight from its neighbours' means alone (Wang et al. 2019,
+    https://arxiv.org/abs/1910.03151, section 3.3), the kernel by `eca_kernel_size`.
     """
 
     def __init__(self, channels: int, gamma: float = 2.0, b: float = 1.0) -> None:

@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.wording import check_choice
+
 Size = int | Sequence[int]
 
 
 def as_pair(size: Size, name: str) -> tuple[int, int]:
-    """An int for a square, or (height, width) -> (height, width).
-
-    Raises:
-        ValueError: not one or two positive whole numbers; `name` says which argument it is.
-    """
+    """An int for a square, or (height, width) -> (height, width); ValueError for anything else."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
         raise ValueError(f"{name}={size!r} is not a positive int or a pair (height, width) of such")
@@ -38,8 +36,6 @@ class PatchEmbed(nn.Module):
         in_channels: C of the image.
         dim: channels of a token.
         image_size: the one size that is taken, an int or (H, W); None takes every multiple of `patch_size`.
-        method: "conv" or "linear".
-        bias: whether the map has a bias.
 
     Attributes:
         grid_size: (H / p, W / q) of `image_size`, or None.
@@ -63,25 +59,17 @@ class PatchEmbed(nn.Module):
         self.image_size = None if image_size is None else as_pair(image_size, "image_size")
         self.grid_size = None if self.image_size is None else self.grid(*self.image_size)
         self.method = method
+        check_choice("PatchEmbed: method", method, ("conv", "linear"))
         if method == "conv":
             self.proj = nn.Conv2d(in_channels, dim, kernel_size=(p, q), stride=(p, q), bias=bias)
-        elif method == "linear":
-            self.proj = nn.Linear(in_channels * p * q, dim, bias=bias)
         else:
-            raise ValueError(f"PatchEmbed: method={method!r} does not exist; there are: 'conv', 'linear'")
+            self.proj = nn.Linear(in_channels * p * q, dim, bias=bias)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """How many patches stand (below each other, side by side) in an image of that size.
-
-        Raises:
-            ValueError: the size is no multiple of the patch size.
-        """
+        """Rows and columns of patches in an image of that size; ValueError where they do not fill it."""
         p, q = self.patch_size
         if height % p or width % q or not (height and width):
-            raise ValueError(
-                f"PatchEmbed: an image of {height}x{width} (height x width) does not divide into patches of "
-                f"{p}x{q}; pad, crop or resize it to multiples of them"
-            )
+            raise ValueError(f"PatchEmbed: {height}x{width} does not divide into patches of {p}x{q}")
         return height // p, width // q
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,11 +84,8 @@ class PatchEmbed(nn.Module):
                 f"PatchEmbed: x has shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W)"
             )
         if self.image_size not in (None, tuple(x.shape[2:])):
-            raise ValueError(
-                "PatchEmbed: x is {}x{} (height x width), but the network is built for {}x{}".format(
-                    *x.shape[2:], *self.image_size
-                )
-            )
+            given, built = ("x".join(map(str, size)) for size in (x.shape[2:], self.image_size))
+            raise ValueError(f"PatchEmbed: x is {given}, but the network is built for {built}")
         self.grid(*x.shape[2:])
         if self.method == "conv":
             return self.proj(x).flatten(2).transpose(1, 2)  # (B, dim, h, w) -> (B, h w, dim)
@@ -115,23 +100,20 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: tuple[int, int
 
 
 def _coordinates(
+    dim: int,
     grid: tuple[int, int],
     base_grid: tuple[int, int] | None,
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row and column of each of the h * w patches, in units of `base_grid`'s patches."""
-    base_grid = base_grid or grid
+    """Row and column of each of the h * w patches, in units of `base_grid`'s patches, for `dim` channels."""
+    if dim < 4 or dim % 4:
+        raise ValueError(f"positions in two dimensions need a multiple of 4 channels, not {dim}")
     row, column = (
         torch.arange(n, dtype=dtype, device=device) * (base / n)
-        for n, base in zip(grid, base_grid, strict=True)
+        for n, base in zip(grid, base_grid or grid, strict=True)
     )
     return row.repeat_interleave(grid[1]), column.repeat(grid[0])
-
-
-def _check_quarter(dim: int, name: str) -> None:
-    if dim < 4 or dim % 4:
-        raise ValueError(f"positions in two dimensions need a multiple of 4 channels; {name}={dim}")
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], base_grid: tuple[int, int] | None = None) -> Tensor:
@@ -152,9 +134,8 @@ def sincos_positions(dim: int, grid: tuple[int, int], base_grid: tuple[int, int]
     Raises:
         ValueError: `dim` is no multiple of 4.
     """
-    _check_quarter(dim, "dim")
+    coordinates = _coordinates(dim, grid, base_grid, torch.float64)
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    coordinates = _coordinates(grid, base_grid, torch.float64)
     row, column = (position[:, None] * frequencies for position in coordinates)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
 
@@ -173,10 +154,8 @@ def rotary_positions(
 
     Args:
         head_dim: channels of a head, a multiple of 4.
-        grid: (h, w) patches.
-        base_grid: the grid of the training, over whose range `grid` is laid; None means `grid` itself.
+        grid, base_grid: as in `sincos_positions`.
         theta: the longest wavelength is about 2 pi times this.
-        device: of the result.
 
     Returns:
         (2, h * w, head_dim / 2) in float32, cosines and sines for `ldm.nn.sequence_attention.rotate`.
@@ -184,9 +163,8 @@ def rotary_positions(
     Raises:
         ValueError: `head_dim` is no multiple of 4.
     """
-    _check_quarter(head_dim, "head_dim")
+    coordinates = _coordinates(head_dim, grid, base_grid, torch.float32, device)
     exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4)
-    coordinates = _coordinates(grid, base_grid, torch.float32, device)
     angles = torch.cat([position[:, None] * theta**-exponents for position in coordinates], dim=1)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -213,8 +191,7 @@ def interpolate_positions(
     expected = prefix_tokens + grid[0] * grid[1]
     if positions.ndim != 3 or positions.shape[:2] != (1, expected):
         raise ValueError(
-            f"position embedding has shape {tuple(positions.shape)}; a grid of {grid[0]}x{grid[1]} with "
-            f"{prefix_tokens} further tokens needs (1, {expected}, dim)"
+            f"position embedding has shape {tuple(positions.shape)}, expected (1, {expected}, dim)"
         )
     if tuple(grid) == tuple(new_grid):
         return positions

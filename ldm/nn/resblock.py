@@ -1,9 +1,9 @@
 """Residual blocks and changes of resolution, of the autoencoder and of the diffusion UNet.
 
-The autoencoder's (`ResBlock`, `Upsample`, `Downsample`) follow the latent diffusion paper (Rombach et al.
-2021, https://arxiv.org/abs/2112.10752) and taming-transformers; the UNet's (`TimestepResBlock`,
-`UpsampleND`, `DownsampleND`) follow Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233, table 1 and
-section 3) and improved-diffusion. Parameter names are those of the original repositories.
+The autoencoder's (`ResBlock`, `Upsample`, `Downsample`) follow Rombach et al. 2021
+(https://arxiv.org/abs/2112.10752) and taming-transformers; the UNet's (`TimestepResBlock`, `UpsampleND`,
+`DownsampleND`) Dhariwal & Nichol 2021 (https://arxiv.org/abs/2105.05233, table 1 and section 3) and
+improved-diffusion. Parameter names are those of the original repositories.
 """
 
 import torch.nn.functional as F
@@ -15,18 +15,11 @@ from ldm.nn.timestep import TimestepBlock
 
 
 def normalize(channels: int, num_groups: int = 32, eps: float = 1e-6) -> nn.GroupNorm:
-    """GroupNorm with scale and shift per channel over (B, channels, ...).
-
-    Raises:
-        ValueError: `num_groups` does not divide `channels`; the message lists the numbers that do.
-    """
+    """GroupNorm over (B, channels, ...); ValueError with the numbers that do, if `num_groups` divides not."""
     if num_groups < 1 or channels % num_groups:
-        divisors = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
-        raise ValueError(
-            f"num_groups={num_groups} does not divide {channels} channels; "
-            f"num_groups that would do: {divisors}"
-        )
-    return nn.GroupNorm(num_groups, channels, eps=eps, affine=True)
+        good = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
+        raise ValueError(f"num_groups={num_groups} does not divide {channels} channels; allowed: {good}")
+    return nn.GroupNorm(num_groups, channels, eps=eps)
 
 
 class Upsample(nn.Module):
@@ -67,8 +60,7 @@ class ResBlock(nn.Module):
     (`conv_shortcut`) on request.
 
     Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output; None keeps `in_channels`.
+        in_channels, out_channels: of input and output; None keeps `in_channels`.
         conv_shortcut: 3x3 instead of 1x1 on the shortcut.
         dropout: probability of a zero before the second convolution.
         temb_channels: length of an embedding to be added between the convolutions; 0 for none.
@@ -94,20 +86,13 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self._shortcut: str | None = None
-        if in_channels != out_channels and conv_shortcut:
-            self._shortcut = "conv_shortcut"
-            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        elif in_channels != out_channels:
-            self._shortcut = "nin_shortcut"
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        if in_channels != out_channels:
+            self._shortcut, size = ("conv_shortcut", 3) if conv_shortcut else ("nin_shortcut", 1)
+            self.add_module(self._shortcut, nn.Conv2d(in_channels, out_channels, size, padding=size // 2))
         self.temb_channels = temb_channels
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), temb (B, temb_channels) where the block takes one -> (B, C', H, W).
-
-        Raises:
-            ValueError: `temb` is missing, or given to a block without `temb_channels`.
-        """
+        """x (B, C, H, W), temb (B, temb_channels) exactly where the block takes one -> (B, C', H, W)."""
         if (temb is None) == bool(self.temb_channels):
             given = "missing" if temb is None else f"given with shape {tuple(temb.shape)}"
             raise ValueError(f"ResBlock(temb_channels={self.temb_channels}): temb is {given}")
@@ -173,10 +158,9 @@ class TimestepResBlock(TimestepBlock):
     norm (adaptive group normalisation: norm(h) (1 + scale) + shift).
 
     Args:
-        channels: channels of the input.
+        channels, out_channels: of input and output; None keeps `channels`.
         emb_channels: length of the time embedding.
         dropout: probability of a zero before the last convolution.
-        out_channels: channels of the output; None keeps `channels`.
         use_conv: 3x3 instead of 1x1 on a skip connection that changes the number of channels.
         use_scale_shift_norm: scale and shift instead of adding.
         dims: spatial dimensions, 1, 2 or 3.
@@ -221,12 +205,10 @@ class TimestepResBlock(TimestepBlock):
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
-        if out_channels == channels:
-            self.skip_connection: nn.Module = nn.Identity()
-        elif use_conv:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 3, padding=1)
-        else:
-            self.skip_connection = conv_nd(dims, channels, out_channels, 1)
+        self.skip_connection: nn.Module = nn.Identity()
+        if out_channels != channels:
+            size = 3 if use_conv else 1
+            self.skip_connection = conv_nd(dims, channels, out_channels, size, padding=size // 2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, *spatial), emb (B, emb_channels) -> (B, C', *spatial')."""

@@ -2,13 +2,23 @@
 
 softmax(q k^T / sqrt(d_k)) v (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, eq. 1) through
 `torch.nn.functional.scaled_dot_product_attention`. Parameter names are those of the implementations that
-each layer stands for. Masks say where attention may go, see `attend`.
+each layer stands for. In all layers `dim` is the channels of the tokens, in and out, `heads` must divide it
+(ValueError), `dropout` is the probability that an attention weight is zero in training, and masks are
+`attend`'s.
 """
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ldm.wording import check_choice
+
+
+def check_divides(name: str, parts: int, channels: int) -> None:
+    """ValueError unless `parts`, which the caller knows as `name`, divides `channels`."""
+    if parts < 1 or channels % parts:
+        raise ValueError(f"{name}={parts} does not divide {channels} channels")
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -54,20 +64,22 @@ def attend(
     return rearrange(out, "b heads n d -> b n (heads d)")
 
 
+def attend_tokens(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, **options
+) -> Tensor:
+    """`attend` of (B, N, heads * d_k), (B, M, heads * d_k), (B, M, heads * d_v) -> (B, N, heads * d_v)."""
+    return attend(*(split_heads(tokens, heads) for tokens in (query, key, value)), mask, **options)
+
+
 def _broadcast_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """A mask of any of `attend`'s shapes -> bool (B, heads or 1, N or 1, M)."""
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(f"attention mask is {mask.dtype}; expected bool or integers, True or 1 = may attend")
-    batch, heads, queries = query.shape[:3]
-    keys = key.shape[2]
-    shape = tuple(mask.shape)
+    (batch, heads, queries), keys = query.shape[:3], key.shape[2]
     allowed = (batch, keys), (batch, queries, keys), (batch, 1, queries, keys), (batch, heads, queries, keys)
-    if shape not in allowed:
+    if tuple(mask.shape) not in allowed:
         expected = ", ".join(map(str, dict.fromkeys(allowed)))
-        raise ValueError(
-            f"attention mask has shape {shape}; expected one of {expected} for "
-            f"{batch} sequences, {heads} heads, {queries} queries, {keys} keys"
-        )
+        raise ValueError(f"attention mask has shape {tuple(mask.shape)}; expected one of {expected}")
     if mask.ndim == 2:
         mask = mask[:, None, None, :]
     elif mask.ndim == 3:
@@ -75,19 +87,8 @@ def _broadcast_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _check_heads(dim: int, heads: int, where: str) -> None:
-    if heads < 1 or dim % heads:
-        raise ValueError(f"{where}: {heads} heads do not divide {dim} channels")
-
-
 class SelfAttention(nn.Module):
-    """One head with its own widths of keys and values, without an output projection.
-
-    Args:
-        dim: channels of the tokens.
-        dim_key: channels of queries and keys; None keeps `dim`.
-        dim_value: channels of values, and so of the output; None keeps `dim`.
-    """
+    """One head without an output projection; None keeps `dim` for the channels of keys and of values."""
 
     def __init__(self, dim: int, dim_key: int | None = None, dim_value: int | None = None) -> None:
         super().__init__()
@@ -97,26 +98,17 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(dim, dim if dim_value is None else dim_value)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, dim) -> (B, N, dim_value); `mask` as in `attend`."""
-        return attend(*(split_heads(linear(x), 1) for linear in (self.q, self.k, self.v)), mask=mask)
+        """(B, N, dim) -> (B, N, dim_value)."""
+        return attend_tokens(self.q(x), self.k(x), self.v(x), 1, mask)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention with several heads (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2.2).
-
-    Args:
-        dim: channels of the tokens, in and out.
-        heads: number of heads; divides `dim`.
-        dropout: probability that an attention weight is zero in training.
-        bias: whether the four projections have a bias.
-
-    Raises:
-        ValueError: the heads do not divide `dim`.
-    """
+    """Attention with several heads (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2.2);
+    `bias` is that of the four projections."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
-        _check_heads(dim, heads, "MultiHeadAttention")
+        check_divides("MultiHeadAttention: heads", heads, dim)
         self.heads, self.dropout = heads, dropout
         self.W_q = nn.Linear(dim, dim, bias=bias)
         self.W_k = nn.Linear(dim, dim, bias=bias)
@@ -130,67 +122,43 @@ class MultiHeadAttention(nn.Module):
         value: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """query (B, N, dim), key and value (B, M, dim) -> (B, N, dim).
+        """query (B, N, dim), key (default: query) and value (default: key) (B, M, dim) -> (B, N, dim).
 
-        Args:
-            key: None takes `query`.
-            value: None takes `key`.
-            mask: as in `attend`, or (B * heads, N, M) with a sequence's heads one after the other.
+        `mask` as in `attend`, or (B * heads, N, M) with a sequence's heads one after the other.
         """
         key = query if key is None else key
         value = key if value is None else value
         if mask is not None and mask.ndim == 3 and mask.shape[0] == query.shape[0] * self.heads:
             mask = rearrange(mask, "(b heads) n m -> b heads n m", heads=self.heads)
-        q, k, v = (
-            split_heads(linear(tokens), self.heads)
-            for linear, tokens in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
-        )
-        return self.W_o(attend(q, k, v, mask, self.dropout if self.training else 0.0))
+        q, k, v = self.W_q(query), self.W_k(key), self.W_v(value)
+        dropout = self.dropout if self.training else 0.0
+        return self.W_o(attend_tokens(q, k, v, self.heads, mask, dropout=dropout))
 
 
 class FusedSelfAttention(nn.Module):
     """Self-attention with one projection for queries, keys and values, in this order, as in SD's text encoder
-    and autoencoder written from scratch (names `in_proj`, `out_proj`).
-
-    Args:
-        dim: channels of the tokens, in and out.
-        heads: number of heads; divides `dim`.
-        in_bias, out_bias: whether the projections have a bias.
-        dropout: probability that an attention weight is zero in training.
-
-    Raises:
-        ValueError: the heads do not divide `dim`.
-    """
+    and autoencoder written from scratch (names `in_proj`, `out_proj`)."""
 
     def __init__(
         self, dim: int, heads: int, in_bias: bool = True, out_bias: bool = True, dropout: float = 0.0
     ) -> None:
         super().__init__()
-        _check_heads(dim, heads, "FusedSelfAttention")
+        check_divides("FusedSelfAttention: heads", heads, dim)
         self.heads, self.dropout = heads, dropout
         self.in_proj = nn.Linear(dim, 3 * dim, bias=in_bias)
         self.out_proj = nn.Linear(dim, dim, bias=out_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """(B, N, dim) -> (B, N, dim); `mask` and `causal` as in `attend`."""
-        q, k, v = (split_heads(part, self.heads) for part in self.in_proj(x).chunk(3, dim=-1))
-        return self.out_proj(attend(q, k, v, mask, self.dropout if self.training else 0.0, causal))
+        q, k, v = self.in_proj(x).chunk(3, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(attend_tokens(q, k, v, self.heads, mask, dropout=dropout, causal=causal))
 
 
 class ContextAttention(nn.Module):
     """Attention of tokens to a context of its own width (names `q_proj`, `k_proj`, `v_proj`, `out_proj`).
 
     `ldm.nn.attention.CrossAttention` is the same with the latent diffusion UNet's names and head width.
-
-    Args:
-        dim: channels of the tokens, in and out.
-        context_dim: channels of the context.
-        heads: number of heads; divides `dim`.
-        in_bias, out_bias: whether the projections have a bias.
-        dropout: probability that an attention weight is zero in training.
-
-    Raises:
-        ValueError: the heads do not divide `dim`.
     """
 
     def __init__(
@@ -203,7 +171,7 @@ class ContextAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, heads, "ContextAttention")
+        check_divides("ContextAttention: heads", heads, dim)
         self.heads, self.dropout = heads, dropout
         self.q_proj = nn.Linear(dim, dim, bias=in_bias)
         self.k_proj = nn.Linear(context_dim, dim, bias=in_bias)
@@ -211,12 +179,10 @@ class ContextAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=out_bias)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, dim), context (B, M, context_dim) -> (B, N, dim); `mask` as in `attend`."""
-        q, k, v = (
-            split_heads(linear(tokens), self.heads)
-            for linear, tokens in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
-        )
-        return self.out_proj(attend(q, k, v, mask, self.dropout if self.training else 0.0))
+        """x (B, N, dim), context (B, M, context_dim) -> (B, N, dim)."""
+        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(attend_tokens(q, k, v, self.heads, mask, dropout=dropout))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -239,17 +205,8 @@ _QK_NORMS = {None: nn.Identity, "layer": lambda dim: nn.LayerNorm(dim, eps=1e-6)
 class ViTAttention(nn.Module):
     """Self-attention of ViT and DiT, with timm's names (`qkv`, `q_norm`, `k_norm`, `proj`).
 
-    Args:
-        dim: channels of the tokens, in and out.
-        heads: number of heads; divides `dim`.
-        qkv_bias: whether the projection to queries, keys and values has a bias.
-        qk_norm: a norm over each head's queries and keys, which keeps the logits bounded (Dehghani et al.
-            2023, https://arxiv.org/abs/2302.05442, section 2.1): None, "layer" or "rms".
-        dropout: probability that an attention weight is zero in training.
-        proj_dropout: the same for the output.
-
-    Raises:
-        ValueError: the heads do not divide `dim`, or there is no such `qk_norm`.
+    `qk_norm` is a norm over each head's queries and keys, which keeps the logits bounded (Dehghani et al.
+    2023, https://arxiv.org/abs/2302.05442, section 2.1): None, "layer" or "rms", else ValueError.
     """
 
     def __init__(
@@ -262,11 +219,8 @@ class ViTAttention(nn.Module):
         proj_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, heads, "ViTAttention")
-        if qk_norm not in _QK_NORMS:
-            raise ValueError(
-                f"ViTAttention: qk_norm={qk_norm!r} does not exist; there are: None, 'layer', 'rms'"
-            )
+        check_divides("ViTAttention: heads", heads, dim)
+        check_choice("ViTAttention: qk_norm", qk_norm, _QK_NORMS)
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = _QK_NORMS[qk_norm](dim // heads)
@@ -277,10 +231,8 @@ class ViTAttention(nn.Module):
     def forward(self, x: Tensor, rotary: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, N, dim) -> (B, N, dim).
 
-        Args:
-            rotary: (2, N, dim / heads / 2), cosines and sines of the angles by which queries and keys are
-                turned, see `rotate` and `ldm.nn.patch.rotary_positions`.
-            mask: as in `attend`.
+        `rotary` (2, N, dim / heads / 2): cosines and sines of the angles by which queries and keys are
+        turned, see `rotate` and `ldm.nn.patch.rotary_positions`.
         """
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -294,15 +246,9 @@ class ViTAttention(nn.Module):
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     """Turn each neighbouring pair of channels, as a point in the plane, by its position's angle.
 
-    The product of two vectors so turned depends on the difference of their angles alone (Su et al. 2021,
+    x (B, heads, N, d), d even; rotary (2, N, d / 2), the angles' cosines and sines -> (B, heads, N, d). The
+    product of two vectors so turned depends on the difference of their angles alone (Su et al. 2021,
     https://arxiv.org/abs/2104.09864, section 3.2).
-
-    Args:
-        x: (B, heads, N, d), d even.
-        rotary: (2, N, d / 2), the angles' cosines and sines.
-
-    Returns:
-        (B, heads, N, d).
     """
     cos, sin = rotary
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d / 2) each

@@ -12,18 +12,10 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal features of the time.
+    """Sinusoidal features of times t (B,), usually in [0, 1000) -> (B, dim), float32 (float64 for such a t).
 
     With half = dim // 2 and w_i = max_period^(-i / half), the result is
     [cos(t w_0) ... cos(t w_half-1), sin(t w_0) ... sin(t w_half-1)]; an odd `dim` ends in one zero.
-
-    Args:
-        t: (B,) times, whole or fractional, usually in [0, 1000).
-        dim: length of the result, at least 2.
-        max_period: the longest wavelength is about 2 pi times this.
-
-    Returns:
-        (B, dim) in float32 (float64 for a float64 `t`).
 
     Raises:
         ValueError: `t` is not one-dimensional, or `dim` < 2.
@@ -52,6 +44,11 @@ class Timestep(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return timestep_embedding(t, self.dim)
+
+
+def embedding_mlp(in_features: int, dim: int) -> nn.Sequential:
+    """The small network behind an embedding of the time or of a label: (B, in_features) -> (B, dim)."""
+    return nn.Sequential(nn.Linear(in_features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 class TimestepBlock(nn.Module):

@@ -5,6 +5,7 @@ parameter names of the original repository and of sgm.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,16 +30,23 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """Linear, GEGLU or GELU, dropout, linear; `mult` times as wide inside.
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b) with (a, b) = w12(x) (Shazeer 2020, https://arxiv.org/abs/2002.05202, eq. 6)."""
 
-    Args:
-        dim: channels of the input.
-        dim_out: channels of the output; None keeps `dim`.
-        mult: inner width over `dim`.
-        glu: GEGLU instead of plain GELU.
-        dropout: probability of a zero before the last layer.
-    """
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.drop(self.w3(F.silu(a) * b))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (GEGLU with `glu`), dropout, linear; `mult` times as wide inside. None keeps `dim`."""
 
     def __init__(
         self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
@@ -108,9 +116,8 @@ class SpatialTransformer(ContextBlock):
         in_channels: channels of the feature map.
         n_heads, d_head: number of heads, and channels of each; n_heads * d_head is the inner width.
         depth: number of transformer blocks.
-        dropout: see `BasicTransformerBlock`.
+        dropout, disable_self_attn: see `BasicTransformerBlock`.
         context_dim: channels of the context; a list gives one for each block, or one for all of them.
-        disable_self_attn: see `BasicTransformerBlock`.
         use_linear: linear layers on tokens instead of 1x1 convolutions as projections (SD 2, SDXL).
         use_checkpoint: recompute each transformer block in the backward pass.
         dims: spatial dimensions, 1, 2 or 3.
@@ -136,11 +143,10 @@ class SpatialTransformer(ContextBlock):
     ) -> None:
         super().__init__()
         inner_dim = n_heads * d_head
+        projection = nn.Linear if use_linear else partial(conv_nd, dims, kernel_size=1)
         self.use_linear = use_linear
         self.norm = normalize(in_channels, num_groups)
-        self.proj_in = (
-            nn.Linear(in_channels, inner_dim) if use_linear else conv_nd(dims, in_channels, inner_dim, 1)
-        )
+        self.proj_in = projection(in_channels, inner_dim)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
                 inner_dim,
@@ -153,9 +159,7 @@ class SpatialTransformer(ContextBlock):
             )
             for block_context_dim in _context_dims(context_dim, depth)
         )
-        self.proj_out = zero_module(
-            nn.Linear(inner_dim, in_channels) if use_linear else conv_nd(dims, inner_dim, in_channels, 1)
-        )
+        self.proj_out = zero_module(projection(inner_dim, in_channels))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """x (B, C, *spatial), context (B, N, context_dim) or one such per block -> (B, C, *spatial).
@@ -163,7 +167,11 @@ class SpatialTransformer(ContextBlock):
         Raises:
             ValueError: a list of contexts whose length is neither 1 nor the number of blocks.
         """
-        contexts = self._contexts(context)
+        depth = len(self.transformer_blocks)
+        contexts = [context] if context is None or isinstance(context, Tensor) else list(context)
+        contexts = contexts * depth if len(contexts) == 1 else contexts
+        if len(contexts) != depth:
+            raise ValueError(f"SpatialTransformer: {len(contexts)} contexts given for {depth} blocks")
         h = self.norm(x)
         if not self.use_linear:
             h = self.proj_in(h)
@@ -176,19 +184,7 @@ class SpatialTransformer(ContextBlock):
         if self.use_linear:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, spatial)  # (B, N, C) -> (B, C, *spatial)
-        if not self.use_linear:
-            h = self.proj_out(h)
-        return x + h
-
-    def _contexts(self, context: Tensor | Sequence[Tensor] | None) -> list[Tensor | None]:
-        depth = len(self.transformer_blocks)
-        if context is None or isinstance(context, Tensor):
-            return [context] * depth
-        if len(context) == 1:
-            return list(context) * depth
-        if len(context) != depth:
-            raise ValueError(f"SpatialTransformer: {len(context)} contexts given for {depth} blocks")
-        return list(context)
+        return x + (h if self.use_linear else self.proj_out(h))
 
 
 def _context_dims(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:
@@ -199,8 +195,5 @@ def _context_dims(context_dim: int | Sequence[int] | None, depth: int) -> list[i
     if len(dims) == depth:
         return dims
     if len(set(dims)) != 1:
-        raise ValueError(
-            f"SpatialTransformer: context_dim={dims} fits {len(dims)} blocks, not depth={depth}; "
-            "give one number, or one per block"
-        )
+        raise ValueError(f"SpatialTransformer: context_dim={dims} must be 1 number, or depth={depth}")
     return dims[:1] * depth

@@ -287,7 +287,7 @@ def test_original_buffers():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: DiscreteSchedule("quadratic"), "schedule is 'quadratic', must be linear"),
+        (lambda: DiscreteSchedule("quadratic"), "schedule is 'quadratic', must be one of linear"),
         (lambda: DiscreteSchedule(betas=[0.1, 1.0]), r"numbers in \(0, 1\)"),
         (lambda: DiscreteSchedule(betas=[0.1]), "at least 2"),
         (lambda: DiscreteSchedule(betas=[0.9] * 20), "zero_terminal_snr=True"),
@@ -295,7 +295,7 @@ def test_original_buffers():
         (lambda: LDM.sigmas(1001), "1000 timesteps"),
         (lambda: LDM.sigmas(10, "even"), "spacing is 'even'"),
         (lambda: FlowSchedule().sigmas(10, "karras"), "spacing is 'karras'"),
-        (lambda: FlowSchedule().sigmas(0), "at least 1 step"),
+        (lambda: FlowSchedule().sigmas(0), "must be at least 1"),
         (lambda: FlowSchedule(sigma_max=0), "sigma_max is 0"),
         (lambda: EDMSchedule(1.0, 0.5), "0 < sigma_min < sigma_max"),
         (lambda: EDMSchedule().sigmas(4, "uniform"), "spacing is 'uniform'"),

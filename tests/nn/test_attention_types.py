@@ -121,14 +121,14 @@ def test_options_reach_the_blocks():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: autoencoder("sse"), "attn_type='sse' does not exist; there are: vanilla.*se, cbam, eca"),
-        (lambda: unet("sse"), "attn_type='sse' does not exist; there are: attention, vanilla.*se, cbam, eca"),
-        (lambda: unet("se", attn_options={"ratio": 4}), "ratio is no option of attn_type='se'.*reduction"),
-        (lambda: autoencoder("linear", attn_options={"b": 1}), "b is no option of attn_type='linear'.*none"),
+        (lambda: autoencoder("sse"), "attn_type is 'sse', must be one of vanilla.*se, cbam, eca"),
+        (lambda: unet("sse"), "attn_type is 'sse', must be one of attention, vanilla.*se, cbam, eca"),
+        (lambda: unet("se", attn_options={"ratio": 4}), "option of attn_type='se' is 'ratio'.*reduction"),
+        (lambda: autoencoder("linear", attn_options={"b": 1}), "attn_type='linear' is 'b'.*nothing"),
         (lambda: unet("attention", attn_options={"b": 1}), "no effect on attn_type=\"attention\""),
         (lambda: unet("se", context_dim=8), "takes the place of the SpatialTransformers"),
-        (lambda: unet("cbam", dims=1), "made for dims=2, not dims=1"),
-        (lambda: unet("se", attn_options={"reduction": 128}), "reduction=128 leaves nothing of 64"),
+        (lambda: unet("cbam", dims=1), "is for dims=2, not dims=1"),
+        (lambda: unet("se", attn_options={"reduction": 128}), "reduction=128 of 64"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(build, message):

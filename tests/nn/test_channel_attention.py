@@ -110,10 +110,10 @@ def test_eca_kernel_size_follows_gamma_and_b():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SqueezeExcitation(8, reduction=16), "8 channels; allowed: 1 to 8"),
+        (lambda: SqueezeExcitation(8, reduction=16), "8 channels must be from 1 to 8"),
         (lambda: CBAM(8, reduction=0), "reduction=0"),
         (lambda: SpatialAttention(kernel_size=4), "odd"),
-        (lambda: CBAM(32, parts="places"), "'places' does not exist; there are: both, channel, spatial"),
+        (lambda: CBAM(32, parts="places"), "'places', must be one of both, channel, spatial"),
         (lambda: eca_kernel_size(0), "channels=0"),
         (lambda: eca_kernel_size(8, gamma=0), "gamma=0"),
     ],

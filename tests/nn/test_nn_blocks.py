@@ -83,7 +83,7 @@ def test_normalize_names_the_divisors():
 
 def test_dimensions_other_than_1_2_3_are_refused():
     for make in (conv_nd, avg_pool_nd):
-        with pytest.raises(ValueError, match="dims=4.*1, 2, 3"):
+        with pytest.raises(ValueError, match="dims is 4.*1, 2, 3"):
             make(4, 2)
 
 
@@ -208,11 +208,11 @@ def test_make_attn(monkeypatch):
     assert isinstance(make_attn(7, "linear"), LinAttnBlock)  # no norm: any number of channels
     assert isinstance(make_attn(7, "none"), nn.Identity)
     assert make_attn(8, "vanilla", 4).norm.num_groups == 4
-    with pytest.raises(ValueError, match="attn_type='quadratic'.*vanilla.*linear.*none"):
+    with pytest.raises(ValueError, match="attn_type is 'quadratic'.*vanilla.*linear.*none"):
         make_attn(8, "quadratic")
-    with pytest.raises(ValueError, match="num_groups that would do: 1, 2, 4, 8"):
+    with pytest.raises(ValueError, match="allowed: 1, 2, 4, 8"):
         make_attn(8)
-    monkeypatch.setitem(ATTENTION_BUILDERS, "se", lambda channels, groups: nn.Conv2d(channels, channels, 1))
+    monkeypatch.setitem(ATTENTION_BUILDERS, "se", lambda channels: nn.Conv2d(channels, channels, 1))
     assert isinstance(make_attn(3, "se"), nn.Conv2d)
 
 

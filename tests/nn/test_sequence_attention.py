@@ -320,10 +320,10 @@ def test_vit_attention_runs_in_half_precision(dtype):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MultiHeadAttention(8, 3), "3 heads do not divide 8"),
-        (lambda: FusedSelfAttention(8, 0), "0 heads"),
-        (lambda: ContextAttention(8, 4, 5), "5 heads"),
-        (lambda: ViTAttention(8, 2, qk_norm="batch"), "'layer', 'rms'"),
+        (lambda: MultiHeadAttention(8, 3), "heads=3 does not divide 8"),
+        (lambda: FusedSelfAttention(8, 0), "heads=0"),
+        (lambda: ContextAttention(8, 4, 5), "heads=5"),
+        (lambda: ViTAttention(8, 2, qk_norm="batch"), "None, layer, rms"),
         (lambda: SelfAttention(4)(torch.zeros(2, 3, 4), torch.ones(3, 3).bool()), r"one of \(2, 3\)"),
         (lambda: SelfAttention(4)(torch.zeros(2, 3, 4), torch.ones(2, 3)), "float32"),
     ],

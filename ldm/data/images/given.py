@@ -57,7 +57,7 @@ class Pictures(Dataset):
         return os.path.join(self.folder, *self.paths[index].split("/"))
 
     def pixels(self, index: int) -> Tensor:
-        """uint8 (C, size, size); ValueError where the file cannot be read, or has a mode without a defined brightness."""
+        """uint8 (C, size, size); ValueError where the file cannot be read."""
         decoded = read_image(self.path(index), shrink_to=self.size)
         box = square_box(*decoded.size, self.size, "center", (1.0, 1.0), 0, -1)
         return to_pixels(cut_square(decoded, box, self.size), self.channels)
