@@ -20,9 +20,8 @@ def some(names: list[str], count: int = 5) -> str:
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option that `name` is a mistyping of, upper and lower case alike; None where none is near."""
     lower = {str(option).lower(): str(option) for option in options}
-    cutoff = (
-        0.73 if len(str(name)) > 3 else 0.66
-    )  # `cta` is near `cat`, `num_classes` not near `num_channels`
+    # In three letters two may be right (`cta`, `cat`); `num_classes` is not near `num_channels`, 0.70.
+    cutoff = 0.66 if len(str(name)) == 3 else 0.73
     found = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=cutoff)
     return lower[found[0]] if found else None
 

@@ -208,7 +208,7 @@ def test_decompression_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
     chunk = (100_000).to_bytes(4, "big") * 2 + bytes.fromhex("0800000000")  # 10 gigapixels in 33 bytes
     checksum = zlib.crc32(b"IHDR" + chunk).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(header + chunk + checksum + bytes([0, 0, 0, 9]) + b"IDAT" + bytes(9))
-    with pytest.raises(BadImageError, match="bomb.png: .*10000000000 pixels, more than max_pixels"):
+    with pytest.raises(BadImageError, match="bomb.png: .*10000000000 pixels.*, more than max_pixels="):
         read_image(str(tmp_path / "bomb.png"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # as if 40x30 were beyond Pillow's own limit
     with pytest.raises(BadImageError, match="1200 pixels.*max_pixels=200"):
