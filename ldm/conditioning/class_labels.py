@@ -18,10 +18,7 @@ class _ClassCondition(Embedder):
         super().__init__(key, kind, drop)
         name = type(self).__name__
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(
-                f"{name}: num_classes must be a positive integer (or auto in a training config), got "
-                f"{num_classes!r}"
-            )
+            raise ValueError(f"{name}: num_classes must be a positive integer, got {num_classes!r}")
         if drop > 0 and not null_class:
             raise ValueError(f"{name}: drop > 0 needs null_class=True")
         self.num_classes, self.null_class = num_classes, null_class
@@ -82,7 +79,7 @@ class ClassLabel(_ClassCondition):
             absent = f" and the absent class, label {self.num_classes}" if self.drop > 0 else ""
             raise ValueError(
                 f"the network embeds {rows} labels, but ClassLabel gives {self.num_classes} classes{absent}: "
-                f"it needs num_classes={self.num_classes + 1} (a DiT {self.num_classes}), or auto when training"
+                f"it needs num_classes={self.num_classes + 1} (a DiT {self.num_classes}), or auto in training"
             )
 
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:

@@ -163,9 +163,7 @@ class Conditioner(nn.Module):
 
     def _joined(self, kind: str, keys: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Tensor:
         if any(not t.is_floating_point() for t in tensors):
-            raise ValueError(
-                f"integer labels cannot be joined with other {kind!r} conditions ({', '.join(keys)})"
-            )
+            raise ValueError(f"integer labels do not join with other {kind!r} conditions ({', '.join(keys)})")
         try:
             return torch.cat(tensors, self._merge_dim[kind])
         except RuntimeError as error:

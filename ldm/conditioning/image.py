@@ -99,16 +99,12 @@ class ImageEmbedder(Embedder):
 
     def values_in(self, batch: dict) -> Tensor:
         if self.key not in batch and "mean" in batch:
-            raise ValueError(
-                f"{self.key!r} is not in the batch: cached latents come without the images; set cache=false"
-            )
+            raise ValueError(f"{self.key!r}: cached latents come without the images; set cache=false")
         return super().values_in(batch)
 
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
         if values.ndim != 4:
-            raise ValueError(
-                f"ImageEmbedder: {self.key!r} must hold images (B, C, H, W), got {tuple(values.shape)}"
-            )
+            raise ValueError(f"{self.key!r} must hold images (B, C, H, W), got {tuple(values.shape)}")
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             features = self.model.forward_features(self._prepared(values))  # (B, prefix + N, width)
         if self.kind == "vector":

@@ -58,10 +58,8 @@ class TextEmbedder(Embedder):
             return {kind: zero_dropped(value, dropped) for kind, value in self.encode(tokens).items()}
         empty = self.empty_tokens().to(tokens.device)
         if tokens.shape[1] != len(empty):
-            raise ValueError(
-                f"{type(self).__name__}: texts of {tokens.shape[1]} tokens cannot give way to the empty one "
-                f"of {len(empty)}"
-            )
+            lengths = f"{tokens.shape[1]} tokens, the empty one {len(empty)}"
+            raise ValueError(f"{type(self).__name__}: texts have {lengths}; pad them")
         return self.encode(torch.where(dropped.to(tokens.device)[:, None], empty, tokens))
 
     def null_values(self, batch_size: int, device: torch.device) -> Tensor:
@@ -79,9 +77,8 @@ class TextEmbedder(Embedder):
         name = type(self).__name__
         if isinstance(values, Tensor):
             if values.ndim != 2 or values.dtype not in (torch.int32, torch.int64):
-                raise ValueError(
-                    f"{name}: token numbers must be int64 (B, N), got {values.dtype} {tuple(values.shape)}"
-                )
+                given = f"{values.dtype} {tuple(values.shape)}"
+                raise ValueError(f"{name}: token numbers must be int64 (B, N), got {given}")
             tokens = values
         else:
             values = [values] if isinstance(values, str) else list(values)
@@ -108,9 +105,7 @@ def transformers_tokenizer(kind: str, source: str, max_length: int) -> Tokenizer
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            "turning texts into tokens needs transformers: pip install 'ldm-toolkit[text]'"
-        ) from error
+        raise ImportError("texts need transformers: pip install 'ldm-toolkit[text]'") from error
     tokenizer = getattr(transformers, kind).from_pretrained(source)
 
     def tokenize(texts: Sequence[str]) -> Tensor:
