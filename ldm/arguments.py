@@ -1,9 +1,7 @@
 """What an object was made with: its class and arguments, kept by the object itself.
 
-A built network does not tell all of its arguments, so whoever saves, describes or exports a model would have
-to guess them from shapes. Instead its class remembers them. This stands on the ground floor because networks,
-schedules and embedders keep theirs without knowing of files, and because `ldm.config` records in the same
-place what it made of a class that knows nothing of this.
+From them alone a model is saved, described, exported and built again. `ldm.config` records in the same place
+what it made of a class that knows nothing of this.
 """
 
 import functools

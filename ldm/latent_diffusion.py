@@ -11,6 +11,8 @@ from ldm.conditioning.conditioner import KINDS
 from ldm.diffusion import samplers
 from ldm.diffusion.denoiser import Clipped, Denoiser
 from ldm.diffusion.guidance import ClassifierFreeGuidance
+from ldm.nn.patch import as_pair
+from ldm.wording import check_choice
 
 
 class DiffusionWrapper(nn.Module):
@@ -89,35 +91,26 @@ class LatentDiffusion(nn.Module):
         self.denoiser = denoiser
         self.clip_x0 = clip_x0
         self.sampler_defaults = {name: dict(own) for name, own in (sampler_defaults or {}).items()}
-        unknown = sorted(set(self.sampler_defaults) - set(samplers.SAMPLERS))
-        if unknown:
-            raise ValueError(f"sampler_defaults: {unknown[0]!r} is none of {', '.join(samplers.SAMPLERS)}")
+        for name in self.sampler_defaults:
+            check_choice("a key of sampler_defaults", name, samplers.SAMPLERS)
         for embedder in self.conditioner.embedders:
             embedder.attach(self)
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise ValueError(f"image_size must be a side or (height, width) in pixels, got {image_size!r}")
-        self.image_size = height, width = sides
+        self.image_size = height, width = as_pair(image_size, "image_size")
         channels, factor = first_stage.latent_channels, first_stage.downsampling_factor
         if height % factor or width % factor:
-            raise ValueError(
-                f"image_size {height}x{width} is not a multiple of the first stage's downsampling factor, "
-                f"{factor}"
-            )
+            raise ValueError(f"image_size {height}x{width} is not a multiple of the first stage's {factor}")
         out_channels = getattr(network, "out_channels", channels)
         expected = channels * (2 if denoiser.learned_variance else 1)
         if out_channels != expected:
             raise ValueError(
-                f"the network returns {out_channels} channels; the first stage's latents have {channels}, so "
+                f"the network returns {out_channels} channels; for latents that have {channels}, "
                 f"out_channels must be {expected} (learned_variance={denoiser.learned_variance})"
             )
         maps = any(embedder.kind == "concat" for embedder in self.conditioner.embedders)
         in_channels = getattr(network, "in_channels", channels)
         if (in_channels <= channels) if maps else (in_channels != channels):
-            raise ValueError(
-                f"the network takes {in_channels} channels, but the first stage's latents have {channels}"
-                + (" and the concatenated maps come on top" if maps else "")
-            )
+            more = " and the concatenated maps come on top" if maps else ""
+            raise ValueError(f"the network takes {in_channels} channels, but latents have {channels}{more}")
         self.latent_shape = (channels, height // factor, width // factor)
         for name, value in (("latent_shift", latent_shift), ("latent_scale", latent_scale)):
             # The device is said, so that a model built under a meta device still gets numbers.
@@ -161,9 +154,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def to_latent(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> z (B, c, h, w); `noise` samples the posterior, None takes its
-        mean.
-        """
+        """Images (B, C, H, W) in [-1, 1] -> z (B, c, h, w), of the posterior's mean without `noise`."""
         mean, std = self.moments(image)
         return self.normalize(mean if noise is None else mean + std * noise)
 
@@ -200,19 +191,13 @@ class LatentDiffusion(nn.Module):
         """`denoise(x, sigma) -> x0` under `cond`, guided against `uncond` where `guidance` is not 1."""
         plain = self.denoiser.bind(self.model)
         if guidance != 1.0 and not uncond:
-            raise ValueError(
-                f"guidance={guidance} needs a condition and its absence (`uncond`); there is none here"
-            )
+            raise ValueError(f"guidance={guidance} needs a condition and its absence (`uncond`)")
         guided = ClassifierFreeGuidance(plain, cond or {}, uncond or cond or {}, guidance, interval)
         return Clipped(guided) if self.clip_x0 else guided
 
 
 def check_conditions(cond: object, name: str) -> None:
-    """Hold a condition against what the network's wrapper takes.
-
-    Raises:
-        ValueError: no mapping of kinds to tensors.
-    """
+    """ValueError unless `cond` is None or a mapping of kinds to tensors, as `conditioner` makes it."""
     if cond is None:
         return
     how = f"{name} must be what model.conditioner(batch) makes, a dict with tensors under {', '.join(KINDS)}"

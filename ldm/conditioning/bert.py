@@ -7,32 +7,22 @@ those of the repository's copy of x-transformers.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
 from ldm.conditioning.text import TextEmbedder, Tokenizer, transformers_tokenizer
+from ldm.nn.attention import CrossAttention
 from ldm.nn.transformer import FeedForward
 
 START, END = 101, 102  # [CLS] and [SEP] of bert-base-uncased; 0 pads
 
 
-class _Attention(nn.Module):
-    def __init__(self, dim: int, heads: int, dim_head: int):
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_k = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_v = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
+class _Attention(CrossAttention):
+    """To itself, and without a dropout behind `to_out`, which changes the parameters' names."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(linear(x), "b n (h d) -> b h n d", h=self.heads)
-            for linear in (self.to_q, self.to_k, self.to_v)
-        )
-        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+    def __init__(self, dim: int, heads: int, dim_head: int):
+        super().__init__(dim, heads=heads, dim_head=dim_head)
+        self.to_out = self.to_out[0]
 
 
 class _Layers(nn.Module):
@@ -49,12 +39,6 @@ class _Layers(nn.Module):
         for norm, step in self.layers:
             x = x + step(norm(x))
         return x
-
-
-class _Positions(nn.Module):
-    def __init__(self, dim: int, max_length: int):
-        super().__init__()
-        self.emb = nn.Embedding(max_length, dim)
 
 
 class TokenTransformer(nn.Module):
@@ -75,7 +59,8 @@ class TokenTransformer(nn.Module):
     ):
         super().__init__()
         self.token_emb = nn.Embedding(vocab_size, dim)
-        self.pos_emb = _Positions(dim, max_length)
+        self.pos_emb = nn.Module()
+        self.pos_emb.emb = nn.Embedding(max_length, dim)
         self.emb_dropout = nn.Dropout(dropout)
         self.attn_layers = _Layers(dim, depth, heads, dim_head)
         self.norm = nn.LayerNorm(dim)
@@ -130,10 +115,7 @@ class BERTEmbedder(TextEmbedder):
 
     def empty_tokens(self) -> Tensor:
         if not self.texts:
-            raise ValueError(
-                f"BERTEmbedder: {self.key!r} holds tokens, of which no empty sequence is known; "
-                "give an explicit `uncond`"
-            )
+            raise self.no_null_values()
         return torch.tensor([START, END] + [0] * (self.max_length - 2))
 
     def make_tokenizer(self) -> Tokenizer:

@@ -9,29 +9,25 @@ from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder
 
 
-def _check_count(name: str, num_classes) -> int:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(
-            f"{name}: num_classes must be a positive integer (or 'auto' in a training config, where the data "
-            f"set fills it in), got {num_classes!r}"
-        )
-    return num_classes
-
-
 class _ClassCondition(Embedder):
     """Labels 0..num_classes-1; the absent class is the extra label `num_classes`."""
 
-    num_classes: int
-    null_class: bool
+    kinds = ("crossattn", "vector")
+
+    def __init__(self, key: str, kind: str, drop: float, num_classes: int, null_class: bool = True):
+        super().__init__(key, kind, drop)
+        name = type(self).__name__
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"{name}: num_classes must be a positive integer, got {num_classes!r}")
+        if drop > 0 and not null_class:
+            raise ValueError(f"{name}: drop > 0 needs null_class=True")
+        self.num_classes, self.null_class = num_classes, null_class
 
     def _labels(self, labels: Tensor, dropped: Tensor | None) -> Tensor:
         if dropped is None:
             return labels
         if not self.null_class:
-            raise ValueError(
-                f"{type(self).__name__} has no row for an absent class (null_class=False): drop must be 0, "
-                "and guidance needs an explicit `uncond`"
-            )
+            raise self.no_null_values()
         return torch.where(dropped, self.num_classes, labels)
 
     def null_values(self, batch_size: int, device: torch.device) -> Tensor:
@@ -44,11 +40,7 @@ class ClassEmbedder(_ClassCondition):
 
     The parameter is `embedding.weight` as in the original LDM's ClassEmbedder, with one more row, the last,
     for the absent class unless `null_class=False`. As a `vector` it is added to the timestep embedding by a
-    UNet with `num_classes="sequential"` and `adm_in_channels=dim`.
-
-    Raises:
-        ValueError: at construction for a count that is no positive integer; labels out of range raise
-            IndexError.
+    UNet with `num_classes="sequential"` and `adm_in_channels=dim`. Labels out of range raise IndexError.
     """
 
     def __init__(
@@ -60,12 +52,7 @@ class ClassEmbedder(_ClassCondition):
         key: str = "label",
         null_class: bool = True,
     ):
-        super().__init__(key, kind, drop)
-        if kind == "concat":
-            raise ValueError("ClassEmbedder: kind must be 'crossattn' or 'vector'")
-        self.num_classes, self.null_class = _check_count("ClassEmbedder", num_classes), null_class
-        if drop > 0 and not null_class:
-            raise ValueError("ClassEmbedder: drop > 0 needs null_class=True")
+        super().__init__(key, kind, drop, num_classes, null_class)
         self.embedding = nn.Embedding(num_classes + int(null_class), dim)
 
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
@@ -83,8 +70,7 @@ class ClassLabel(_ClassCondition):
     """
 
     def __init__(self, num_classes: int | Literal["auto"], drop: float = 0.1, key: str = "label"):
-        super().__init__(key, "vector", drop)
-        self.num_classes, self.null_class = _check_count("ClassLabel", num_classes), True
+        super().__init__(key, "vector", drop, num_classes)
 
     def attach(self, model: nn.Module) -> None:
         rows = _table_rows(model.network)
@@ -92,9 +78,8 @@ class ClassLabel(_ClassCondition):
         if rows is not None and rows < needed:
             absent = f" and the absent class, label {self.num_classes}" if self.drop > 0 else ""
             raise ValueError(
-                f"the network embeds {rows} labels (num_classes), but ClassLabel gives {self.num_classes} "
-                f"classes{absent}: the network needs num_classes={self.num_classes + 1} (a DiT, which counts "
-                f"the absent class by itself, num_classes={self.num_classes}), or auto in a training config"
+                f"the network embeds {rows} labels, but ClassLabel gives {self.num_classes} classes{absent}: "
+                f"it needs num_classes={self.num_classes + 1} (a DiT {self.num_classes}), or auto in training"
             )
 
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:

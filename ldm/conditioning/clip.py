@@ -6,8 +6,6 @@ Radford et al. 2021 (https://arxiv.org/abs/2103.00020, section 2.4): a causal, p
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
@@ -18,6 +16,9 @@ from ldm.conditioning.text import (
     make_activation,
     transformers_tokenizer,
 )
+from ldm.models.vit import Mlp
+from ldm.nn.sequence_attention import attend_tokens, check_divides
+from ldm.wording import check_choice
 
 START, END = 49406, 49407
 
@@ -25,8 +26,7 @@ START, END = 49406, 49407
 class _Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"CLIP: heads={heads} does not divide width={width}")
+        check_divides("CLIP: heads", heads, width)
         self.heads = heads
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -34,23 +34,8 @@ class _Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(linear(x), "b n (h d) -> b h n d", h=self.heads)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(x, "b h n d -> b n (h d)"))
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.activation = make_activation(activation)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attend_tokens(q, k, v, self.heads, causal=True))
 
 
 class _Layer(nn.Module):
@@ -58,22 +43,13 @@ class _Layer(nn.Module):
         super().__init__()
         self.self_attn = _Attention(width, heads)
         self.layer_norm1 = nn.LayerNorm(width)
-        self.mlp = _MLP(width, hidden, activation)
+        self.mlp = Mlp(width, hidden)
+        self.mlp.act = make_activation(activation)
         self.layer_norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, vocab_size: int, max_length: int, width: int):
-        super().__init__()
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.position_embedding = nn.Embedding(max_length, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
 class _TextTransformer(nn.Module):
@@ -88,25 +64,20 @@ class _TextTransformer(nn.Module):
         activation: str,
     ):
         super().__init__()
-        self.embeddings = _Embeddings(vocab_size, max_length, width)
+        self.embeddings = nn.Module()
+        self.embeddings.token_embedding = nn.Embedding(vocab_size, width)
+        self.embeddings.position_embedding = nn.Embedding(max_length, width)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(_Layer(width, heads, hidden, activation) for _ in range(layers))
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor, count: int | None = None) -> Tensor:
         """(B, N) -> (B, N, width) after the first `count` layers, all if None, before the last norm."""
-        x = self.embeddings(tokens)
+        positions = self.embeddings.position_embedding.weight[: tokens.shape[1]]
+        x = self.embeddings.token_embedding(tokens) + positions
         for layer in self.encoder.layers[:count]:
             x = layer(x)
         return x
-
-
-class CLIPTextModel(nn.Module):
-    """The encoder as `text_model`, as transformers' class of this name has it."""
-
-    def __init__(self, **sizes):
-        super().__init__()
-        self.text_model = _TextTransformer(**sizes)
 
 
 @remembers_arguments
@@ -145,8 +116,7 @@ class CLIPTextEmbedder(TextEmbedder):
         tokenizer: str = "openai/clip-vit-large-patch14",
     ):
         super().__init__(key, drop, max_length, absent, ("crossattn", "vector") if pooled else ("crossattn",))
-        if layer not in ("last", "hidden", "pooled"):
-            raise ValueError(f"CLIPTextEmbedder: layer must be last, hidden or pooled, got {layer!r}")
+        check_choice("CLIPTextEmbedder: layer", layer, ("last", "hidden", "pooled"))
         if (layer == "hidden") != (layer_index is not None):
             raise ValueError(f"CLIPTextEmbedder: layer_index={layer_index} with layer={layer!r}")
         if layer_index is not None and not -(layers + 1) <= layer_index <= layers:
@@ -154,14 +124,10 @@ class CLIPTextEmbedder(TextEmbedder):
         self.layer, self.pooled, self.vocab_size, self.source = layer, pooled, vocab_size, tokenizer
         # Counted as transformers' hidden_states are: 0 is the embeddings, -1 the last layer's output.
         self.count = layers if layer_index is None else layer_index % (layers + 1)
-        self.transformer = CLIPTextModel(
-            vocab_size=vocab_size,
-            max_length=max_length,
-            width=width,
-            layers=layers,
-            heads=heads,
-            hidden=4 * width if mlp_width is None else mlp_width,
-            activation=activation,
+        hidden = 4 * width if mlp_width is None else mlp_width
+        self.transformer = nn.Module()
+        self.transformer.text_model = _TextTransformer(
+            vocab_size, max_length, width, layers, heads, hidden, activation
         )
 
     def encode(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -179,7 +145,7 @@ class CLIPTextEmbedder(TextEmbedder):
 
     def empty_tokens(self) -> Tensor:
         if self.vocab_size <= END:
-            raise ValueError("CLIPTextEmbedder: not CLIP's vocabulary, so the empty text is not known")
+            raise self.no_null_values()
         return torch.tensor([START] + [END] * (self.max_length - 1))  # padded with the end
 
     def make_tokenizer(self) -> Tokenizer:

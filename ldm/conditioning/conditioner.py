@@ -7,12 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
+from ldm.wording import check_choice
 
 KINDS = ("crossattn", "vector", "concat")
 
 
-def zero_dropped(values: Tensor, dropped: Tensor) -> Tensor:
-    """`values` (B, ...) with zeros for the samples that `dropped` (B,) marks."""
+def zero_dropped(values: Tensor, dropped: Tensor | None) -> Tensor:
+    """`values` (B, ...) with zeros for the samples that `dropped` (B,) marks; None marks none."""
+    if dropped is None:
+        return values
     dropped = dropped.to(values.device).reshape(-1, *[1] * (values.ndim - 1))
     return torch.where(dropped, torch.zeros_like(values), values)
 
@@ -27,15 +30,15 @@ class Embedder(nn.Module):
     condition can be expressed; `drop` is the probability with which training replaces the condition by its
     absence, which is what classifier-free guidance needs (Ho & Salimans, 2022, sec. 3).
 
-    `also` are other names under which a batch may hold the key.
+    `also` are other names under which a batch may hold the key, `kinds` those that the class can be of.
     """
 
     also: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = KINDS
 
     def __init__(self, key: str, kind: Literal["crossattn", "vector", "concat"], drop: float = 0.0):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"{type(self).__name__}: kind {kind!r} is none of {', '.join(KINDS)}")
+        check_choice(f"{type(self).__name__}: kind", kind, self.kinds)
         if not 0.0 <= drop <= 1.0:
             raise ValueError(f"{type(self).__name__}: drop must be a probability in [0, 1], got {drop}")
         self.key, self.kind, self.drop = key, kind, drop
@@ -45,8 +48,18 @@ class Embedder(nn.Module):
         raise NotImplementedError
 
     def null_values(self, batch_size: int, device: torch.device):
-        """Stand-in values for a batch without this condition (all of them are then marked as dropped)."""
-        raise NotImplementedError
+        """Stand-in values for a batch without this condition (all of them are then marked as dropped).
+
+        Raises:
+            ValueError: nothing stands for its absence.
+        """
+        raise self.no_null_values()
+
+    def no_null_values(self) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__}: nothing stands for no {self.key!r}: give an explicit `uncond`, such as "
+            "conditioner.without(batch, keys)"
+        )
 
     def from_text(self, text: str):
         """The value of one sample, such as `sample.py --condition KEY=TEXT` gives it: a tensor without the
@@ -61,11 +74,7 @@ class Embedder(nn.Module):
         """Called by the `LatentDiffusion` that this becomes a part of; for embedders that need it."""
 
     def values_in(self, batch: dict):
-        """What the batch holds for this embedder.
-
-        Raises:
-            ValueError: nothing; says what it does hold.
-        """
+        """What the batch holds for this embedder; ValueError with what it does hold, if that is nothing."""
         for name in (self.key, *self.also):
             if name in batch:
                 return batch[name]
@@ -92,8 +101,7 @@ class Conditioner(nn.Module):
             if not isinstance(embedder, Embedder):
                 raise ValueError(f"embedders must be Embedder modules, got {type(embedder).__name__}")
         self.embedders = nn.ModuleList(embedders or [])
-        if crossattn_merge not in ("tokens", "channels"):
-            raise ValueError(f"crossattn_merge must be 'tokens' or 'channels', got {crossattn_merge!r}")
+        check_choice("crossattn_merge", crossattn_merge, ("tokens", "channels"))
         self._merge_dim = {"crossattn": 1 if crossattn_merge == "tokens" else 2, "vector": 1, "concat": 1}
 
     @property
@@ -122,10 +130,8 @@ class Conditioner(nn.Module):
         for i, embedder in enumerate(self.embedders):
             values = embedder.values_in(batch)
             if u is not None and u.shape != (len(self.embedders), len(values)):
-                raise ValueError(
-                    f"u must be ({len(self.embedders)} embedders, {len(values)} samples), "
-                    f"got {tuple(u.shape)}"
-                )
+                expected = f"({len(self.embedders)} embedders, {len(values)} samples)"
+                raise ValueError(f"u must be {expected}, got {tuple(u.shape)}")
             dropped = u[i] < embedder.drop if u is not None and embedder.drop > 0 else None
             outputs.append(embedder.embed(values, dropped))
         return self._merge(outputs)
@@ -143,11 +149,8 @@ class Conditioner(nn.Module):
         Raises:
             ValueError: no embedder reads one of the keys.
         """
-        unknown = sorted(set(keys) - set(self.keys))
-        if unknown:
-            raise ValueError(
-                f"no embedder reads {', '.join(unknown)}; there are {', '.join(self.keys) or 'none'}"
-            )
+        for key in sorted(keys):
+            check_choice("key", key, self.keys)
         outputs = []
         for embedder in self.embedders:
             values = embedder.values_in(batch)
@@ -169,14 +172,10 @@ class Conditioner(nn.Module):
 
     def _joined(self, kind: str, keys: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Tensor:
         if any(not t.is_floating_point() for t in tensors):
-            raise ValueError(
-                f"integer labels cannot be joined with other {kind!r} conditions ({', '.join(keys)}); "
-                "embed them"
-            )
+            raise ValueError(f"integer labels do not join with other {kind!r} conditions ({', '.join(keys)})")
         try:
             return torch.cat(tensors, self._merge_dim[kind])
         except RuntimeError as error:
             shapes = ", ".join(f"{key} {tuple(t.shape)}" for key, t in zip(keys, tensors, strict=True))
-            raise ValueError(
-                f"the {kind!r} conditions do not join along axis {self._merge_dim[kind]}: {shapes}"
-            ) from error
+            axis = self._merge_dim[kind]
+            raise ValueError(f"the {kind!r} conditions do not join along axis {axis}: {shapes}") from error

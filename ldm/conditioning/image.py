@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder, zero_dropped
 from ldm.models.vit import VisionTransformer, fit_positions
+from ldm.wording import check_choice, some
 
 #: Mean and deviation, in [0, 1], that an encoder's weights expect to be taken out of its images.
 _NORMALIZATIONS = {
@@ -17,7 +18,6 @@ _NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 _HEADS = ("head.", "head_dist.", "pre_logits.")
-_LISTED = 10
 
 
 @remembers_arguments
@@ -44,6 +44,8 @@ class ImageEmbedder(Embedder):
         ValueError: an unknown kind or normalization, or an encoder that is no VisionTransformer.
     """
 
+    kinds = ("crossattn", "vector")
+
     def __init__(
         self,
         model: VisionTransformer,
@@ -56,13 +58,7 @@ class ImageEmbedder(Embedder):
         normalization: Literal["half", "imagenet"] = "half",
     ):
         super().__init__(key, kind, drop)
-        if kind == "concat":
-            raise ValueError("ImageEmbedder: kind must be 'crossattn' or 'vector'")
-        if normalization not in _NORMALIZATIONS:
-            names = ", ".join(_NORMALIZATIONS)
-            raise ValueError(
-                f"ImageEmbedder: normalization {normalization!r} does not exist; there are: {names}"
-            )
+        check_choice("ImageEmbedder: normalization", normalization, _NORMALIZATIONS)
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"ImageEmbedder: model must be a VisionTransformer, got {type(model).__name__}")
         self.model, self.trainable, self.weights = model, trainable, weights
@@ -103,25 +99,19 @@ class ImageEmbedder(Embedder):
 
     def values_in(self, batch: dict) -> Tensor:
         if self.key not in batch and "mean" in batch:
-            raise ValueError(
-                f"ImageEmbedder reads the key {self.key!r}, but cached latents come without the images; set "
-                "cache=false"
-            )
+            raise ValueError(f"{self.key!r}: cached latents come without the images; set cache=false")
         return super().values_in(batch)
 
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
         if values.ndim != 4:
-            raise ValueError(
-                f"ImageEmbedder: {self.key!r} must hold images (B, C, H, W), got {tuple(values.shape)}"
-            )
+            raise ValueError(f"{self.key!r} must hold images (B, C, H, W), got {tuple(values.shape)}")
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             features = self.model.forward_features(self._prepared(values))  # (B, prefix + N, width)
         if self.kind == "vector":
             features = features[:, 0]
         elif self.model.num_prefix_tokens > 1:
             features = torch.cat([features[:, :1], features[:, self.model.num_prefix_tokens :]], dim=1)
-        features = self.proj(features)
-        return features if dropped is None else zero_dropped(features, dropped)
+        return zero_dropped(self.proj(features), dropped)
 
     def null_values(self, batch_size: int, device: torch.device) -> Tensor:
         height, width = self._size()
@@ -133,10 +123,7 @@ class ImageEmbedder(Embedder):
         if given == 1:
             images = images.expand(-1, wanted, -1, -1)
         elif given != wanted:
-            raise ValueError(
-                f"ImageEmbedder: {self.key!r} has {given} channels, the encoder takes {wanted}; set in_chans "
-                "of its model, or the channels of the data"
-            )
+            raise ValueError(f"ImageEmbedder: {self.key!r} has {given} channels, the encoder takes {wanted}")
         if tuple(images.shape[2:]) != self._size():
             images = F.interpolate(images, self._size(), mode="bicubic", antialias=True)
         return images * self.scale[:, :wanted] + self.shift[:, :wanted]
@@ -148,11 +135,6 @@ class ImageEmbedder(Embedder):
 
 def _refuse(problems: Mapping[str, Collection[str]]) -> None:
     """ValueError with every kind of problem that there are names for."""
-    found = [f"{kind}: {_some(sorted(names))}" for kind, names in problems.items() if names]
+    found = [f"{kind}: {some(sorted(names), 10)}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"ImageEmbedder: the weights do not fit the encoder: {'; '.join(found)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

@@ -8,20 +8,13 @@ from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
 from ldm.conditioning.conditioner import Embedder
+from ldm.wording import check_choice
 
 _METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
 
 
-class _Map(Embedder):
-    def null_values(self, batch_size: int, device: torch.device) -> Tensor:
-        raise ValueError(
-            f"nothing stands for no {self.key!r}: give an explicit `uncond` with the same map, as "
-            "conditioner.without makes it"
-        )
-
-
 @remembers_arguments
-class ImageMap(_Map):
+class ImageMap(Embedder):
     """A map (B, C, h, w) as it is, or resized bilinearly to `size` pixels (a low-resolution image)."""
 
     def __init__(self, key: str, size: int | tuple[int, int] | None = None):
@@ -34,7 +27,7 @@ class ImageMap(_Map):
 
 
 @remembers_arguments
-class SpatialRescaler(_Map):
+class SpatialRescaler(Embedder):
     """A map (B, in_channels, H, W) -> rescaled `stages` times by `multiplier`, then its channels mixed by a
     1x1 convolution (`channel_mapper`) if `out_channels` is given. For semantic maps.
     """
@@ -51,8 +44,7 @@ class SpatialRescaler(_Map):
         kernel_size: int = 1,
     ):
         super().__init__(key, "concat", 0.0)
-        if method not in _METHODS:
-            raise ValueError(f"SpatialRescaler: method {method!r} is none of {', '.join(_METHODS)}")
+        check_choice("SpatialRescaler: method", method, _METHODS)
         if stages < 0:
             raise ValueError(f"SpatialRescaler: stages must not be negative, got {stages}")
         self.stages, self.method, self.multiplier = stages, method, multiplier
@@ -70,7 +62,7 @@ class SpatialRescaler(_Map):
         return mapper(values.to(mapper.weight.dtype) if isinstance(mapper, nn.Conv2d) else values)
 
 
-class _FirstStageMap(_Map):
+class _FirstStageMap(Embedder):
     """Needs the first stage of the model that it belongs to, which `LatentDiffusion` hands over."""
 
     def __init__(self, key: str):
@@ -83,9 +75,7 @@ class _FirstStageMap(_Map):
     @property
     def owner(self) -> nn.Module:
         if not self._owner:
-            raise ValueError(
-                f"{type(self).__name__}: works as a part of a LatentDiffusion only, which has a first stage"
-            )
+            raise ValueError(f"{type(self).__name__} works as a part of a LatentDiffusion only")
         return self._owner[0]
 
 

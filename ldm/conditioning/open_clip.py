@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.arguments import remembers_arguments
@@ -19,6 +18,8 @@ from ldm.conditioning.text import (
     make_activation,
     transformers_tokenizer,
 )
+from ldm.nn.sequence_attention import attend_tokens, check_divides
+from ldm.wording import check_choice
 
 
 class _PackedAttention(nn.Module):
@@ -26,8 +27,7 @@ class _PackedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"OpenCLIP: heads={heads} does not divide width={width}")
+        check_divides("OpenCLIP: heads", heads, width)
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -35,10 +35,8 @@ class _PackedAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(x, "b h n d -> b n (h d)"))
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attend_tokens(q, k, v, self.heads, causal=True))
 
 
 class _Block(nn.Module):
@@ -114,8 +112,7 @@ class OpenCLIPTextEmbedder(TextEmbedder):
         tokenizer: str = "openai/clip-vit-large-patch14",
     ):
         super().__init__(key, drop, max_length, absent, ("crossattn", "vector") if pooled else ("crossattn",))
-        if layer not in ("last", "penultimate"):
-            raise ValueError(f"OpenCLIPTextEmbedder: layer must be last or penultimate, got {layer!r}")
+        check_choice("OpenCLIPTextEmbedder: layer", layer, ("last", "penultimate"))
         self.count = layers - (layer == "penultimate")
         self.normed, self.pooled, self.vocab_size, self.source = normed, pooled, vocab_size, tokenizer
         self.model = OpenCLIPText(vocab_size, max_length, width, layers, heads, embed_dim, activation)
@@ -134,7 +131,7 @@ class OpenCLIPTextEmbedder(TextEmbedder):
 
     def empty_tokens(self) -> Tensor:
         if self.vocab_size <= END:
-            raise ValueError("OpenCLIPTextEmbedder: not CLIP's vocabulary, so the empty text is not known")
+            raise self.no_null_values()
         return torch.tensor([START, END] + [0] * (self.max_length - 2))  # padded with zeros
 
     def make_tokenizer(self) -> Tokenizer:

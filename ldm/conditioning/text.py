@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioning.conditioner import Embedder, zero_dropped
+from ldm.wording import check_choice
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
@@ -35,8 +36,7 @@ class TextEmbedder(Embedder):
         returns: Sequence[str] = ("crossattn",),
     ):
         super().__init__(key, returns[0], drop)
-        if absent not in ("empty", "zeros"):
-            raise ValueError(f"{type(self).__name__}: absent must be 'empty' or 'zeros', got {absent!r}")
+        check_choice(f"{type(self).__name__}: absent", absent, ("empty", "zeros"))
         self.max_length, self.absent, self.returns = max_length, absent, tuple(returns)
         self.tokenizer: Tokenizer | None = None
 
@@ -54,12 +54,13 @@ class TextEmbedder(Embedder):
 
     def embed(self, values: Sequence[str] | Tensor, dropped: Tensor | None) -> dict[str, Tensor]:
         tokens = self.tokenize(values)
-        if dropped is None:
-            return self.encode(tokens)
-        dropped = dropped.to(tokens.device)
-        if self.absent == "empty":
-            return self.encode(torch.where(dropped[:, None], self._empty(tokens), tokens))
-        return {kind: zero_dropped(value, dropped) for kind, value in self.encode(tokens).items()}
+        if dropped is None or self.absent == "zeros":
+            return {kind: zero_dropped(value, dropped) for kind, value in self.encode(tokens).items()}
+        empty = self.empty_tokens().to(tokens.device)
+        if tokens.shape[1] != len(empty):
+            lengths = f"{tokens.shape[1]} tokens, the empty one {len(empty)}"
+            raise ValueError(f"{type(self).__name__}: texts have {lengths}; pad them")
+        return self.encode(torch.where(dropped.to(tokens.device)[:, None], empty, tokens))
 
     def null_values(self, batch_size: int, device: torch.device) -> Tensor:
         if self.absent == "zeros":  # whatever is embedded is set to zero
@@ -79,9 +80,8 @@ class TextEmbedder(Embedder):
         name = type(self).__name__
         if isinstance(values, Tensor):
             if values.ndim != 2 or values.dtype not in (torch.int32, torch.int64):
-                raise ValueError(
-                    f"{name}: token numbers must be int64 (B, N), got {values.dtype} {tuple(values.shape)}"
-                )
+                given = f"{values.dtype} {tuple(values.shape)}"
+                raise ValueError(f"{name}: token numbers must be int64 (B, N), got {given}")
             tokens = values
         else:
             values = [values] if isinstance(values, str) else list(values)
@@ -92,15 +92,6 @@ class TextEmbedder(Embedder):
         if not 1 <= tokens.shape[1] <= self.max_length:
             raise ValueError(f"{name}: {tokens.shape[1]} tokens a text, at most {self.max_length} are taken")
         return tokens.to(device=device, dtype=torch.int64)
-
-    def _empty(self, tokens: Tensor) -> Tensor:
-        empty = self.empty_tokens().to(tokens.device)
-        if tokens.shape[1] != len(empty):
-            raise ValueError(
-                f"{type(self).__name__}: texts of {tokens.shape[1]} tokens cannot give way to the empty one "
-                f"of {len(empty)}; pad them"
-            )
-        return empty
 
 
 def transformers_tokenizer(kind: str, source: str, max_length: int) -> Tokenizer:
@@ -117,10 +108,7 @@ def transformers_tokenizer(kind: str, source: str, max_length: int) -> Tokenizer
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            "turning texts into tokens needs transformers: pip install 'ldm-toolkit[text]'. Token numbers "
-            "(B, N) in the batch need nothing."
-        ) from error
+        raise ImportError("texts need transformers: pip install 'ldm-toolkit[text]'") from error
     tokenizer = getattr(transformers, kind).from_pretrained(source)
 
     def tokenize(texts: Sequence[str]) -> Tensor:
@@ -144,8 +132,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickG
 
 def make_activation(name: str) -> nn.Module:
     """`gelu` or `quick_gelu`."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} does not exist; there are {', '.join(ACTIVATIONS)}")
+    check_choice("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
 
 

@@ -26,6 +26,8 @@ class ClassFeatures(Embedder):
         absent: "zeros" or "none".
     """
 
+    kinds = ("crossattn", "vector")
+
     def __init__(
         self,
         num_classes: int,
@@ -37,8 +39,6 @@ class ClassFeatures(Embedder):
         absent: Literal["zeros", "none"] = "none",
     ):
         super().__init__(key, kind, drop)
-        if kind not in ("crossattn", "vector"):
-            raise ValueError(f"ClassFeatures: kind must be crossattn or vector, got {kind!r}")
         if drop > 0 and absent == "none":
             raise ValueError("ClassFeatures: drop > 0 needs absent='zeros'")
         self.num_classes, self.absent, self.also = num_classes, absent, tuple(also)
@@ -47,14 +47,13 @@ class ClassFeatures(Embedder):
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:
         rows = self.embedding(values)
         rows = rows[:, None] if self.kind == "crossattn" else rows
-        return rows if dropped is None else zero_dropped(rows, dropped)
+        return zero_dropped(rows, dropped)
 
     def null_values(self, batch_size: int, device: torch.device) -> Tensor:
         if self.absent == "none":
             raise ValueError(
-                f"no absent class is known (num_classes={self.num_classes}; some published models keep the "
-                "last one for it): give an explicit `uncond`, such as "
-                f"conditioner({{{self.key!r}: labels of that class}})"
+                f"no absent class is known (some published models keep the last of {self.num_classes}): give "
+                f"an explicit `uncond`, such as conditioner({{{self.key!r}: labels of that class}})"
             )
         return torch.zeros(batch_size, dtype=torch.long, device=device)
 
@@ -91,8 +90,7 @@ class SinusoidalNumbers(Embedder):
         if values.ndim != 2:
             raise ValueError(f"{self.key!r} must hold numbers (B,) or (B, n), got {tuple(values.shape)}")
         features = timestep_embedding(values.flatten(), self.dim)
-        features = rearrange(features, "(b n) d -> b (n d)", b=len(values))
-        return features if dropped is None else zero_dropped(features, dropped)
+        return zero_dropped(rearrange(features, "(b n) d -> b (n d)", b=len(values)), dropped)
 
     def from_text(self, text: str) -> Tensor:
         """`64,64.5` -> (2,)"""
@@ -100,12 +98,6 @@ class SinusoidalNumbers(Embedder):
             return torch.tensor([float(number) for number in text.split(",")])
         except ValueError as error:
             raise ValueError(f"{self.key!r} are numbers separated by commas, got {text!r}") from error
-
-    def null_values(self, batch_size: int, device: torch.device) -> Tensor:
-        raise ValueError(
-            f"how many numbers {self.key!r} has is not known without a batch: use "
-            "conditioner.without(batch, keys) for the unconditional side; SDXL has the same sizes on both"
-        )
 
 
 @remembers_arguments
@@ -120,6 +112,3 @@ class Features(Embedder):
         if self.kind == "crossattn" and values.ndim != 3:
             raise ValueError(f"{self.key!r} must hold tokens (B, N, D), got {tuple(values.shape)}")
         return values
-
-    def null_values(self, batch_size: int, device: torch.device) -> Tensor:
-        raise ValueError(f"what stands for no {self.key!r} is not known: give an explicit `uncond`")

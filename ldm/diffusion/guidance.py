@@ -28,9 +28,8 @@ def _pair(cond: dict[str, torch.Tensor], uncond: dict[str, torch.Tensor]) -> dic
     joined = {}
     for key, value in cond.items():
         if value.shape != uncond[key].shape:
-            raise ValueError(
-                f"condition {key!r} has shape {tuple(value.shape)} with, {tuple(uncond[key].shape)} without"
-            )
+            other = tuple(uncond[key].shape)
+            raise ValueError(f"condition {key!r} has shape {tuple(value.shape)} with, {other} without")
         joined[key] = torch.cat([value, uncond[key]])
     return joined
 
@@ -115,9 +114,7 @@ class ClassifierGuidance(_Guidance):
     ):
         super().__init__(denoise, scale, interval)
         if labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}, must be integers (B,)"
-            )
+            raise ValueError(f"labels are {labels.dtype} of shape {tuple(labels.shape)}, not integers (B,)")
         self.classifier, self.labels, self.denoiser = classifier, labels, denoiser
 
     def predict(self, x: torch.Tensor, sigma: torch.Tensor, **cond):

@@ -27,9 +27,7 @@ def _steps(sigmas) -> list[tuple[float, float]]:
     """(sigma, sigma_next) of each step as Python floats, so that no step has to wait for the device."""
     values = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").tolist()
     if len(values) < 2 or not all(a > b >= 0 for a, b in pairwise(values)) or math.isinf(values[0]):
-        raise ValueError(
-            f"sigmas must be 2 or more finite numbers, strictly decreasing to 0 at most: {values}"
-        )
+        raise ValueError(f"sigmas must be 2 or more, finite, strictly decreasing, not negative: {values}")
     return list(pairwise(values))
 
 

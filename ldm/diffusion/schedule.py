@@ -297,9 +297,7 @@ class FlowSchedule(_FromNoise):
         """`steps` equal steps in t from 1 to 0, moved by `shift_time`; falling, float64 (steps + 1,)."""
         check_choice("spacing", spacing, self.SPACINGS)
         if steps < 1 or not 0 < shift < math.inf:
-            raise ValueError(
-                f"steps is {steps}, must be at least 1, shift {shift}, must be finite and above 0"
-            )
+            raise ValueError(f"steps is {steps}, must be at least 1, shift {shift}, finite and above 0")
         t = _linspace(1, 0, steps + 1)
         return self.sigma(1000 * shift_time(t, shift))
 
@@ -315,9 +313,7 @@ class EDMSchedule(_FromNoise):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
         if not 0 < sigma_min < sigma_max:
-            raise ValueError(
-                f"sigma_min={sigma_min}, sigma_max={sigma_max}, must be 0 < sigma_min < sigma_max"
-            )
+            raise ValueError(f"must be 0 < sigma_min < sigma_max, got {sigma_min}, {sigma_max}")
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
 
     def sigma(self, t) -> torch.Tensor:

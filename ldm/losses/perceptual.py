@@ -4,11 +4,8 @@ from torch import Tensor, nn
 
 
 class FrozenNetwork(nn.Module):
-    """A network that is never trained: no parameter takes a gradient and `.train()` leaves it in evaluation
-    mode.
-
-    Gradients still flow through it to its input.
-    """
+    """A network that is never trained: its parameters take no gradient, its input still does, and `.train()`
+    leaves it in evaluation mode."""
 
     def freeze(self) -> None:
         """Call at the end of `__init__`, when every parameter exists."""
@@ -22,10 +19,7 @@ class FrozenNetwork(nn.Module):
 def as_rgb(x: Tensor, name: str = "image") -> Tensor:
     """(B, 1 or 3, H, W) -> (B, 3, H, W), a grayscale image repeated; ValueError for other channels."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(
-            "a perceptual distance takes images (B, 1, H, W) or (B, 3, H, W); "
-            f"{name} has shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (B, 1, H, W) or (B, 3, H, W)")
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 

@@ -35,14 +35,13 @@ class AutoencodingEngine(FirstStage):
     ):
         check_choice("AutoencodingEngine: regularizer", regularizer, ("kl", "vq", "none"))
         double_z, z_channels = encoder.get("double_z", True), encoder["z_channels"]
+        z_decoded = decoder["z_channels"]
         if double_z != (regularizer == "kl"):
             raise ValueError(f"AutoencodingEngine: regularizer {regularizer!r}, encoder.double_z={double_z}")
         if (n_embed is None) == (regularizer == "vq"):
             raise ValueError(f"AutoencodingEngine: regularizer {regularizer!r}, n_embed={n_embed}")
-        if z_channels != decoder["z_channels"]:
-            raise ValueError(
-                f"AutoencodingEngine: z_channels {z_channels} and {decoder['z_channels']} differ"
-            )
+        if z_channels != z_decoded:
+            raise ValueError(f"AutoencodingEngine: {z_channels} z_channels encoded, {z_decoded} decoded")
         super().__init__(encoder, decoder, regularizer, z_channels)
         if regularizer == "vq":
             self.quantize = VectorQuantizer(

@@ -109,10 +109,8 @@ class NLayerDiscriminator(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images in [-1, 1]; `labels` (B,) int64 exactly when the discriminator has `num_classes`."""
         if x.ndim != 4 or x.shape[1] != self.input_nc or min(x.shape[-2:]) < self.smallest:
-            raise ValueError(
-                f"the discriminator takes (B, {self.input_nc}, H, W) of at least {self.smallest} pixels, "
-                f"got {tuple(x.shape)}"
-            )
+            expected = f"(B, {self.input_nc}, H, W) with H and W at least {self.smallest}"
+            raise ValueError(f"the discriminator takes {expected}, got {tuple(x.shape)}")
         if (labels is None) != (self.num_classes is None):
             given = "missing" if labels is None else "given"
             raise ValueError(f"labels are {given}, and the discriminator has num_classes={self.num_classes}")

@@ -121,9 +121,7 @@ class Encoder(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"the encoder takes images (B, {self.in_channels}, H, W), got {tuple(x.shape)}")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(
-                f"the encoder takes multiples of {self.factor} pixels, got {x.shape[2]}x{x.shape[3]}"
-            )
+            raise ValueError(f"sizes must be multiples of {self.factor}, got {x.shape[2]}x{x.shape[3]}")
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)

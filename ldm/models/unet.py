@@ -114,9 +114,7 @@ class UNetModel(UNetEncoder):
         if use_spatial_transformer is None:
             use_spatial_transformer = context_dim is not None
         if num_heads_upsample not in (-1, num_heads) and (use_spatial_transformer or not legacy):
-            raise ValueError(
-                f"UNet: num_heads_upsample={num_heads_upsample} needs AttentionBlocks and legacy"
-            )
+            raise ValueError(f"UNet: num_heads_upsample={num_heads_upsample} is for AttentionBlocks alone")
         super().__init__(
             in_channels=in_channels,
             model_channels=model_channels,

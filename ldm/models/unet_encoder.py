@@ -56,9 +56,7 @@ class UNetBlocks:
         elif self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError("UNet: give num_heads or num_head_channels; both are -1")
         elif self.attn_options:
-            raise ValueError(
-                f'UNet: attn_options {[*self.attn_options]} has no effect on attn_type="attention"'
-            )
+            raise ValueError('UNet: attn_options has no effect on attn_type="attention"')
         if self.context_dim is not None and not self.use_spatial_transformer:
             raise ValueError(f"UNet: context_dim={self.context_dim} needs use_spatial_transformer=True")
 
@@ -121,9 +119,7 @@ class UNetBlocks:
             check_divides("UNet: num_heads", self.num_heads, channels)
             return self.num_heads, channels // self.num_heads
         if not 1 <= self.num_head_channels <= channels:
-            raise ValueError(
-                f"UNet: num_head_channels={self.num_head_channels} must lie between 1 and {channels} channels"
-            )
+            raise ValueError(f"UNet: num_head_channels={self.num_head_channels} must be from 1 to {channels}")
         # `legacy` only matters where the division leaves a remainder: it then spreads over the heads.
         heads = channels // self.num_head_channels
         return heads, channels // heads if self.legacy else self.num_head_channels
@@ -183,14 +179,10 @@ class UNetEncoder(nn.Module):
         if num_attention_blocks is not None:
             self.num_attention_blocks = _per_level("num_attention_blocks", list(num_attention_blocks), levels)
             if any(a > r for a, r in zip(self.num_attention_blocks, self.num_res_blocks, strict=True)):
-                raise ValueError(
-                    f"UNet: num_attention_blocks={self.num_attention_blocks} exceeds "
-                    f"num_res_blocks={self.num_res_blocks} at some level"
-                )
+                given = f"num_attention_blocks={self.num_attention_blocks}"
+                raise ValueError(f"UNet: {given} exceeds num_res_blocks={self.num_res_blocks}")
         if adm_in_channels is not None and num_classes != "sequential":
-            raise ValueError(
-                f'UNet: adm_in_channels={adm_in_channels} needs num_classes="sequential", not {num_classes!r}'
-            )
+            raise ValueError(f'UNet: adm_in_channels={adm_in_channels} needs num_classes="sequential"')
         self.time_embed = embedding_mlp(model_channels, emb_channels)
         if num_classes is not None:
             self.label_emb = _label_embedding(num_classes, model_channels, emb_channels, adm_in_channels)
@@ -263,7 +255,7 @@ class UNetEncoder(nn.Module):
             raise ValueError(f"UNet: x has shape {tuple(x.shape)}, expected ({expected})")
         if any(size % self.downsampling_factor for size in x.shape[2:][-2:]):
             raise ValueError(
-                f"UNet: the size {tuple(x.shape[2:])} of x is no multiple of {self.downsampling_factor}"
+                f"UNet: {tuple(x.shape[2:])} pixels are no multiple of {self.downsampling_factor}"
             )
         check_inputs(self, len(x), timesteps, context, y)
 

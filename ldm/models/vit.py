@@ -198,8 +198,7 @@ class VisionTransformer(nn.Module):
         representation_size = numbers["representation_size"]
         if distilled and representation_size:
             raise ValueError(
-                f"VisionTransformer: representation_size={representation_size} and distilled=True exclude "
-                "each other"
+                f"representation_size={representation_size} and distilled=True exclude each other"
             )
         self.use_checkpoint = use_checkpoint
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, None if dynamic_img_size else img_size)

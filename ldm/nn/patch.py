@@ -80,9 +80,7 @@ class PatchEmbed(nn.Module):
                 divide into patches.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"PatchEmbed: x has shape {tuple(x.shape)}, expected (B, {self.in_channels}, H, W)"
-            )
+            raise ValueError(f"PatchEmbed: x is {tuple(x.shape)}, expected (B, {self.in_channels}, H, W)")
         if self.image_size not in (None, tuple(x.shape[2:])):
             given, built = ("x".join(map(str, size)) for size in (x.shape[2:], self.image_size))
             raise ValueError(f"PatchEmbed: x is {given}, but the network is built for {built}")
@@ -190,9 +188,7 @@ def interpolate_positions(
     """
     expected = prefix_tokens + grid[0] * grid[1]
     if positions.ndim != 3 or positions.shape[:2] != (1, expected):
-        raise ValueError(
-            f"position embedding has shape {tuple(positions.shape)}, expected (1, {expected}, dim)"
-        )
+        raise ValueError(f"position embedding is {tuple(positions.shape)}, expected (1, {expected}, dim)")
     if tuple(grid) == tuple(new_grid):
         return positions
     prefix, patches = positions[:, :prefix_tokens], positions[:, prefix_tokens:]

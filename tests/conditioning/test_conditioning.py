@@ -172,9 +172,9 @@ def test_bad_counts(count):
 
 
 def test_bad_choices():
-    with pytest.raises(ValueError, match="kind 'tokens' is none of"):
+    with pytest.raises(ValueError, match="kind is 'tokens', must be one of"):
         ClassEmbedder(3, 4, kind="tokens")
-    with pytest.raises(ValueError, match="'crossattn' or 'vector'"):
+    with pytest.raises(ValueError, match="is 'concat', must be one of crossattn, vector"):
         ClassEmbedder(3, 4, kind="concat")
     with pytest.raises(ValueError, match="probability"):
         ClassLabel(3, drop=1.5)

@@ -370,10 +370,10 @@ def test_class_condition():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"pixel": "l3"}, "pixel: 'l3' is not known; allowed are 'l1', 'l2'"),
-        ({"disc_loss": "wgan"}, "'hinge', 'vanilla', 'nonsaturating'"),
-        ({"perceptual": "vgg"}, "'lpips', 'efficientnet'"),
-        ({"normalize": "pixel"}, "'batch', 'element'"),
+        ({"pixel": "l3"}, "pixel is 'l3', must be one of l1, l2"),
+        ({"disc_loss": "wgan"}, "hinge, vanilla, nonsaturating"),
+        ({"perceptual": "vgg"}, "lpips, efficientnet"),
+        ({"normalize": "pixel"}, "None, batch, element"),
         ({"disc_num_classes": 3}, "needs disc_conditional"),
     ],
 )

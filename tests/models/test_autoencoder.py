@@ -156,7 +156,7 @@ def test_attention_stands_where_the_config_says():
         (lambda: tiny_kl(ch_mul=[1]), "ddconfig.ch_mul is not known.*did you mean ch_mult"),
         (lambda: AutoencoderKL({"ch": 8}, 2), "ddconfig lacks ch_mult, in_channels"),
         (lambda: VQModel(DDCONFIG, n_embed=4, embed_dim=2), "double_z must be False"),
-        (lambda: tiny_kl()(images(1, 3, 15, 16)), "multiples of 2 pixels, got 15x16"),
+        (lambda: tiny_kl()(images(1, 3, 15, 16)), "multiples of 2, got 15x16"),
         (lambda: tiny_kl()(images(1, 1, 16, 16)), r"images \(B, 3, H, W\)"),
         (lambda: tiny_kl().decoder(torch.zeros(1, 3, 8, 8)), r"latents \(B, 4, h, w\)"),
         (lambda: tiny_kl()(images(1, 3, 16, 16), torch.zeros(1, 2, 4, 4)), "noise of shape"),

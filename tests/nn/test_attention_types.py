@@ -197,7 +197,7 @@ def test_the_network_remembers_its_arguments():
 
 
 def test_diffusers_has_no_place_for_them():
-    with pytest.raises(NotExpressible, match="attn_type is se"):
+    with pytest.raises(NotExpressible, match="attn_type is 'se'"):
         unet_config(unet("se"))
     with pytest.raises(NotExpressible, match="attention is eca"):
         first_stage_config(autoencoder("eca"))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ldm.data.images.dataset import Entry, ImageDataset, fingerprint_of, name_hash, parse_entries
+from ldm.data.images.dataset import Entry, ImageDataset, StringTable, fingerprint_of, parse_entries
 from ldm.data.images.pixels import (
     Decoded,
     cut_square,
@@ -51,9 +51,7 @@ class Wrapped(ImageDataset):
         super().__init__(len(source), size, channels, flip, validation)
         self.source, self.background = source, parse_background(background)
         self.classes = getattr(source, "classes", None)
-
-    def _split_hashes(self) -> np.ndarray:
-        return np.array([name_hash(str(i).encode()) for i in range(len(self.source))], dtype=np.uint64)
+        self._names = StringTable.from_strings([str(i) for i in range(len(source))])
 
     def fingerprint(self) -> str:
         """The source's own, else of its length and of up to 64 samples spread over it."""

@@ -213,7 +213,7 @@ def test_two_text_encoders_and_sizes_join_as_in_sdxl():
     assert torch.equal(uncond["vector"][:, 4:], cond["vector"][:, 4:])
     with pytest.raises(ValueError, match="without"):
         conditioner.unconditional(3)
-    with pytest.raises(ValueError, match="no embedder reads text; there are txt"):
+    with pytest.raises(ValueError, match="key is 'text', must be one of txt"):
         conditioner.without(batch, ["text"])
 
 
