@@ -79,7 +79,7 @@ class ClassLabel(_ClassCondition):
             absent = f" and the absent class, label {self.num_classes}" if self.drop > 0 else ""
             raise ValueError(
                 f"the network embeds {rows} labels, but ClassLabel gives {self.num_classes} classes{absent}: "
-                f"it needs num_classes={self.num_classes + 1} (a DiT {self.num_classes}), or auto in training"
+                f"it needs num_classes={self.num_classes + 1} (DiT: num_classes={self.num_classes}) or auto"
             )
 
     def embed(self, values: Tensor, dropped: Tensor | None) -> Tensor:

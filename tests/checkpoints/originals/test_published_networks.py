@@ -117,7 +117,7 @@ def test_classifier_errors():
         classifier("mean")
     with pytest.raises(ValueError, match="needs num_head_channels"):
         classifier("attention", num_head_channels=-1, num_heads=2)
-    with pytest.raises(ValueError, match="images of its image_size only"):
+    with pytest.raises(ValueError, match="256 positions given, but image_size has 64"):
         classifier("attention")(torch.randn(1, 3, 32, 32), torch.tensor([1]))
 
 
