@@ -113,7 +113,7 @@ def test_adaptive_pool_by_hand():
 
 
 def test_classifier_errors():
-    with pytest.raises(ValueError, match="pool='mean' does not exist"):
+    with pytest.raises(ValueError, match="pool is 'mean', must be one of"):
         classifier("mean")
     with pytest.raises(ValueError, match="needs num_head_channels"):
         classifier("attention", num_head_channels=-1, num_heads=2)
