@@ -66,13 +66,9 @@ def recorded(made: Any) -> tuple[str, dict[str, Any]] | None:
 
 
 def arguments_of(made: Any, function: Callable | None = None) -> dict[str, Any]:
-    """All arguments of an object, those that were left out at their defaults.
+    """All arguments of an object, those that were left out at their defaults; ValueError if nobody kept them.
 
-    Args:
-        function: what was called, where it is not the object's class.
-
-    Raises:
-        ValueError: nobody kept them.
+    `function` is what was called, where it is not the object's class.
     """
     found = recorded(made)
     if found is None:

@@ -167,11 +167,8 @@ class LatentDiffusion(nn.Module):
         return image if dtype == latent.dtype else image.to(latent.dtype)
 
     def predict(self, z_t: Tensor, t: Tensor, cond: dict[str, Tensor] | None = None) -> Tensor:
-        """Raw output of the network at noisy latents (B, c, h, w) and network times (B,).
-
-        Raises:
-            ValueError: `cond` is not what `conditioner` makes.
-        """
+        """Raw output of the network at noisy latents (B, c, h, w) and network times (B,), under `cond` as
+        `conditioner` makes it (else ValueError)."""
         check_conditions(cond, "cond")
         return self.model(z_t, t, **(cond or {}))
 

@@ -144,10 +144,8 @@ class Conditioner(nn.Module):
 
     def without(self, batch: dict, keys: Collection[str]) -> dict[str, Tensor]:
         """The conditions of a batch from which `keys` alone were dropped: the unconditional side of a
-        guidance that keeps the rest, such as SDXL's sizes or the map of an inpainting model.
-
-        Raises:
-            ValueError: no embedder reads one of the keys.
+        guidance that keeps the rest, such as SDXL's sizes or the map of an inpainting model. ValueError where
+        no embedder reads one of the keys.
         """
         for key in sorted(keys):
             check_choice("key", key, self.keys)

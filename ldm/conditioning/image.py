@@ -82,10 +82,7 @@ class ImageEmbedder(Embedder):
 
     def take_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load the encoder from a classifier's state dict, strictly but for the classifier's head; positions
-        are interpolated to the encoder's grid.
-
-        Raises:
-            ValueError: names or shapes that differ; says which.
+        are interpolated to the encoder's grid. ValueError says which names or shapes differ.
         """
         own = self.model.state_dict()
         heads = {name: value for name, value in own.items() if name.startswith(_HEADS)}

@@ -71,11 +71,8 @@ class TextEmbedder(Embedder):
         return text
 
     def tokenize(self, values: Sequence[str] | Tensor) -> Tensor:
-        """Texts, or what is already (B, N) int64, -> token numbers on the embedder's device.
-
-        Raises:
-            ValueError: neither texts nor token numbers of at most `max_length` a text.
-        """
+        """Texts, or what is already (B, N) int64, -> token numbers on the embedder's device; ValueError for
+        anything else, and for more than `max_length`."""
         device = next(self.parameters()).device
         name = type(self).__name__
         if isinstance(values, Tensor):
@@ -97,13 +94,8 @@ class TextEmbedder(Embedder):
 def transformers_tokenizer(kind: str, source: str, max_length: int) -> Tokenizer:
     """A tokenizer of the `transformers` package, padding to `max_length`.
 
-    Args:
-        kind: its class, such as "CLIPTokenizer".
-        source: name on the Hugging Face hub, or a folder with the vocabulary.
-
-    Raises:
-        ImportError: transformers is not installed; says how to install it.
-        OSError: the vocabulary is neither there nor to be had.
+    `kind` is its class; `source` a name on the Hugging Face hub, or a folder with the vocabulary (OSError
+    where that is not to be had).
     """
     try:
         import transformers

@@ -20,12 +20,7 @@ _ROUNDS = 10
 def philox(
     counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox4x32-10: four 32-bit words per counter, held in int64 tensors.
-
-    Args:
-        counter: four int64 tensors of one broadcastable shape, values in [0, 2^32).
-        key: two integers in [0, 2^32).
-    """
+    """Philox4x32-10: four 32-bit words per counter, held in int64 tensors; all values in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

@@ -225,11 +225,8 @@ def check_ddconfig(ddconfig: dict) -> None:
 
 
 def ddconfig_of(encoder: Encoder, decoder: Decoder) -> dict[str, Any]:
-    """The `ddconfig` of both, with every key, kinds of attention by today's names.
-
-    Raises:
-        ValueError: the decoder is no mirror image of the encoder.
-    """
+    """The `ddconfig` of both, with every key, kinds of attention by today's names; ValueError where the
+    decoder is no mirror image of the encoder."""
     ours, theirs = ({**arguments_of(half), "use_linear_attn": False} for half in (encoder, decoder))
     for arguments, half in ((ours, encoder), (theirs, decoder)):
         if arguments_of(half)["use_linear_attn"]:

@@ -125,11 +125,7 @@ class EncoderUNetModel(UNetEncoder):
         self.out = nn.Sequential(*layers)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Noisy images (B, in_channels, H, W) at times (B,) -> logits (B, out_channels).
-
-        Raises:
-            ValueError: a shape that does not fit.
-        """
+        """Noisy images (B, in_channels, H, W) at times (B,) -> logits (B, out_channels), else ValueError."""
         self.check_inputs(x, timesteps)
         h, skips = self.encode(x, self.embed(timesteps))
         if self.pool.startswith("spatial"):

@@ -160,12 +160,9 @@ class UNetEncoder(nn.Module):
         levels = len(channel_mult)
         if not levels:
             raise ValueError("UNet: channel_mult is empty; give a width for at least one level")
-        self.in_channels = in_channels
-        self.model_channels = model_channels
-        self.num_classes = num_classes
-        self.adm_in_channels = adm_in_channels
-        self.dims = blocks.dims
-        self.context_dim = blocks.context_dim
+        self.in_channels, self.model_channels = in_channels, model_channels
+        self.num_classes, self.adm_in_channels = num_classes, adm_in_channels
+        self.dims, self.context_dim = blocks.dims, blocks.context_dim
         self.downsampling_factor = 2 ** (levels - 1)
         self.attention_resolutions = tuple(attention_resolutions)
         self.widths = [int(mult * model_channels) for mult in channel_mult]

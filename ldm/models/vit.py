@@ -241,10 +241,7 @@ class VisionTransformer(nn.Module):
 
         The class token comes first, then the distillation token where there is one, then the patches in
         row-major order. The images have the value range of the training: [-1, 1] for the weights of
-        ViT's authors, ImageNet's mean and deviation for DeiT's.
-
-        Raises:
-            ValueError: another number of channels, or a size that is not taken.
+        ViT's authors, ImageNet's mean and deviation for DeiT's. ValueErrors as in `PatchEmbed`.
         """
         tokens = self.patch_embed(x)
         grid = self.patch_embed.grid(*x.shape[2:])

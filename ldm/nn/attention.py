@@ -140,16 +140,8 @@ class AttentionBlock(nn.Module):
     Follows guided-diffusion (https://arxiv.org/abs/2105.05233): x + proj_out(attention(qkv(norm(x)))), with
     `proj_out` zero-initialised.
 
-    Args:
-        channels: channels of input and output.
-        num_heads: number of heads, where `num_head_channels` is -1.
-        num_head_channels: channels of a head; -1 to go by `num_heads`.
-        use_checkpoint: recompute this block in the backward pass.
-        use_new_attention_order: see `QKVAttention`.
-        num_groups: of the GroupNorm.
-
-    Raises:
-        ValueError: the heads do not divide the channels.
+    There are `num_heads`, or where it is not -1 as many as `num_head_channels` gives, which must divide the
+    channels (ValueError); `use_new_attention_order` as in `QKVAttention`.
     """
 
     def __init__(
@@ -183,16 +175,11 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of tokens to a context, or to themselves where there is none.
+    """Multi-head attention of tokens to a context, or to themselves where there is none (Rombach et al. 2021,
+    https://arxiv.org/abs/2112.10752, section 3.3).
 
-    Follows Rombach et al. 2021 (https://arxiv.org/abs/2112.10752, section 3.3).
-
-    Args:
-        query_dim: channels of the tokens, in and out.
-        context_dim: channels of the context; None means `query_dim`.
-        heads: number of heads.
-        dim_head: channels of a head; need not be `query_dim / heads`.
-        dropout: probability of a zero in the output.
+    None for `context_dim` means `query_dim`; `dim_head` need not be `query_dim / heads`; `dropout` is the
+    probability of a zero in the output.
     """
 
     def __init__(

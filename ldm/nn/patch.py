@@ -73,12 +73,7 @@ class PatchEmbed(nn.Module):
         return height // p, width // q
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/p * W/q, dim).
-
-        Raises:
-            ValueError: another number of channels, another size than `image_size`, or one that does not
-                divide into patches.
-        """
+        """(B, C, H, W) -> (B, H/p * W/q, dim); ValueError for other channels or a size that is not taken."""
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"PatchEmbed: x is {tuple(x.shape)}, expected (B, {self.in_channels}, H, W)")
         if self.image_size not in (None, tuple(x.shape[2:])):
@@ -121,16 +116,8 @@ def sincos_positions(dim: int, grid: tuple[int, int], base_grid: tuple[int, int]
     (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.5, for each axis; the order is that of
     the repositories facebookresearch/mae and facebookresearch/DiT).
 
-    Args:
-        dim: channels of a token, a multiple of 4.
-        grid: (h, w) patches.
-        base_grid: the grid of the training, over whose range `grid` is laid; None means `grid` itself.
-
-    Returns:
-        (h * w, dim) in float32.
-
-    Raises:
-        ValueError: `dim` is no multiple of 4.
+    `grid` (h, w) gives (h * w, dim) in float32; `base_grid` is that of the training, over whose range `grid`
+    is laid. ValueError unless `dim` is a multiple of 4.
     """
     coordinates = _coordinates(dim, grid, base_grid, torch.float64)
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -150,16 +137,8 @@ def rotary_positions(
     Angle i of an axis is position * theta^(-i / D), D = head_dim / 4 (Su et al. 2021,
     https://arxiv.org/abs/2104.09864, eq. 15, for each axis as in EVA-02, https://arxiv.org/abs/2303.11331).
 
-    Args:
-        head_dim: channels of a head, a multiple of 4.
-        grid, base_grid: as in `sincos_positions`.
-        theta: the longest wavelength is about 2 pi times this.
-
-    Returns:
-        (2, h * w, head_dim / 2) in float32, cosines and sines for `ldm.nn.sequence_attention.rotate`.
-
-    Raises:
-        ValueError: `head_dim` is no multiple of 4.
+    Returns (2, h * w, head_dim / 2) in float32, cosines and sines for `ldm.nn.sequence_attention.rotate`;
+    `grid`, `base_grid` and the ValueError as in `sincos_positions`.
     """
     coordinates = _coordinates(head_dim, grid, base_grid, torch.float32, device)
     exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 4)
@@ -172,19 +151,9 @@ def interpolate_positions(
 ) -> Tensor:
     """A learned position embedding for another number of patches: bicubic, antialiased, as in timm.
 
-    Args:
-        positions: (1, prefix_tokens + h * w, dim); the embeddings of class and distillation tokens stand
-            first and are kept.
-        grid: (h, w) of `positions`.
-        new_grid: (h', w') wanted.
-        prefix_tokens: number of tokens that belong to no patch.
-
-    Returns:
-        (1, prefix_tokens + h' * w', dim) in the dtype of `positions`, which comes back itself where the grid
-        stays the same.
-
-    Raises:
-        ValueError: `positions` has another length than `grid` and `prefix_tokens` say.
+    (1, prefix_tokens + h * w, dim) for `grid` (h, w) -> (1, prefix_tokens + h' * w', dim) for `new_grid`. The
+    embeddings of tokens that belong to no patch stand first and are kept. `positions` comes back itself where
+    the grid stays; another length than grid and `prefix_tokens` say is a ValueError.
     """
     expected = prefix_tokens + grid[0] * grid[1]
     if positions.ndim != 3 or positions.shape[:2] != (1, expected):

@@ -65,14 +65,8 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Pre-norm residual steps: self-attention (attn1), attention to the context (attn2), feed-forward (ff).
 
-    Args:
-        dim: channels of the tokens.
-        n_heads, d_head: number of heads, and channels of each.
-        dropout: in the output of both attentions and inside the feed-forward net.
-        context_dim: channels of the context; None makes attn2 a second self-attention.
-        gated_ff: GEGLU in the feed-forward net.
-        use_checkpoint: recompute this block in the backward pass.
-        disable_self_attn: attn1 attends to the context too.
+    Without a `context_dim` attn2 is a second self-attention; with `disable_self_attn` attn1 attends to the
+    context too. `dropout` is in the output of both attentions and inside the feed-forward net.
     """
 
     def __init__(
@@ -124,7 +118,7 @@ class SpatialTransformer(ContextBlock):
         num_groups: of the GroupNorm.
 
     Raises:
-        ValueError: a list of context_dim is as long neither as `depth` nor as 1 (nor all alike).
+        ValueError: a list of context_dim or of contexts is as long neither as `depth` nor as 1.
     """
 
     def __init__(
@@ -162,11 +156,7 @@ class SpatialTransformer(ContextBlock):
         self.proj_out = zero_module(projection(inner_dim, in_channels))
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """x (B, C, *spatial), context (B, N, context_dim) or one such per block -> (B, C, *spatial).
-
-        Raises:
-            ValueError: a list of contexts whose length is neither 1 nor the number of blocks.
-        """
+        """x (B, C, *spatial), context (B, N, context_dim) or one such per block -> (B, C, *spatial)."""
         depth = len(self.transformer_blocks)
         contexts = [context] if context is None or isinstance(context, Tensor) else list(context)
         contexts = contexts * depth if len(contexts) == 1 else contexts
