@@ -81,7 +81,7 @@ class Method(pl.LightningModule):
         self._pending: dict | None = None
         self._validation = ExitStack()
         self._sums: Figures = {}
-        self._seconds, self._images, self._free_since = 0.0, 0, 0.0
+        self._seconds, self._images, self.free_since = 0.0, 0, 0.0
 
     # -- what a method says --------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Method(pl.LightningModule):
         if due:
             # Before the clock is read: this waits for the device.
             self.figures = {name: float(value) for name, value in self.across_ranks(figures, "mean").items()}
-        self._seconds += time.perf_counter() - self._free_since
+        self._seconds += time.perf_counter() - self.free_since
         self._images += self.settings.batch_size
         if due:
             rate = self._images / max(self._seconds, 1e-9)
@@ -269,10 +269,10 @@ class Method(pl.LightningModule):
         loop._batches_that_stepped = self.step
 
     def on_train_start(self) -> None:
-        self._free_since = time.perf_counter()
+        self.free_since = time.perf_counter()
 
     def on_train_batch_end(self, outputs, batch, batch_idx) -> None:  # called after the callbacks
-        self._free_since = time.perf_counter()
+        self.free_since = time.perf_counter()
 
     # -- validation ----------------------------------------------------------------------------------------
 
@@ -298,7 +298,9 @@ class Method(pl.LightningModule):
         counts = batch_idx < self.trainer.datamodule.validation_share
         measured = self.validate({**batch, "position": batch["index"]})
         for name, values in measured.items():
-            self._sums[name] = self._sums.get(name, 0) + values.float().sum() * counts
+            # Not multiplied by 0, which a figure that is not finite would survive.
+            share = values.float().sum() if counts else torch.zeros((), device=self.device)
+            self._sums[name] = self._sums.get(name, 0) + share
         self._sums["count"] += len(batch["index"]) * counts
 
     def on_validation_epoch_end(self) -> None:
@@ -308,7 +310,7 @@ class Method(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         self._validation.close()
-        self._free_since = time.perf_counter()
+        self.free_since = time.perf_counter()
 
     # -- the state -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ldm import config as configuration
 from ldm.config.other_runs import from_run as from_run  # makes ${from_run:...} known
+from ldm.sampling.section import Sampling
 from ldm.training.methods import find_method
 from ldm.training.settings import LoggingSettings, OptimizerSettings, TrainingSettings
 
@@ -54,6 +55,7 @@ PLAIN = {
     "training": TrainingSettings,
     "training.optimizer": OptimizerSettings,
     "logging": LoggingSettings,
+    "sampling": Sampling,
 }
 
 
@@ -74,10 +76,11 @@ class _Sections(Mapping):
             return RunConfig
 
     def __iter__(self) -> Iterator[str]:
-        return iter(PLAIN)
+        """Those that every run has."""
+        return (path for path in PLAIN if path != "sampling")
 
     def __len__(self) -> int:
-        return len(PLAIN)
+        return len(list(iter(self)))
 
 
 def load_run(

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from ldm.training.loop.data_module import RunData
-from ldm.training.loop.trainer import check_batch, device_count, make_trainer
+from ldm.training.loop.trainer import check_batch, device_count, make_trainer, own_parts
 from ldm.training.method import Method
 from ldm.training.methods import find_method
 from ldm.training.networks import compile_blocks
@@ -23,6 +24,7 @@ def one_step(cfg, keys: RunConfig) -> str:
     keys.training = replace(
         keys.training, steps=1, devices=1, batch_size=keys.training.batch_size // devices, workers=0
     )
+    own_parts(cfg, "callbacks", pl.Callback), own_parts(cfg, "loggers", Logger)
     trainer = make_trainer(keys, find_method(keys.task), [_OneStep()])
     run = begin(cfg, keys, trainer.strategy.root_device, rehearsal=True)
     method = find_method(keys.task).build(run)

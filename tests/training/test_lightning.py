@@ -155,6 +155,18 @@ def test_weights_and_biases_offline(place):
     assert list(run.glob("*.wandb"))
 
 
+def test_parts_of_another_kind_are_refused_also_by_a_dry_run(place):
+    checkpoint = {"target": "pytorch_lightning.callbacks.ModelCheckpoint", "params": {}}
+    lines_ = {"target": "own_parts.Lines", "params": {"path": "x"}}
+    for part, told in (
+        (checkpoint, "training.checkpoint_every"),
+        (lines_, "callbacks.0 is a Lines, no Callback"),
+    ):
+        for more in ((), ("--dry-run",)):
+            said = finish(place, config(place, name="other", callbacks=[part]), *more, code=1)
+            assert told in said and "Traceback" not in said
+
+
 def test_mistakes_in_callbacks_are_told_in_time(place):
     tree = config(place, name="wrong", callbacks=[{"target": "own_parts.Diari", "params": {}}])
     assert "did you mean own_parts.Diary" in finish(place, tree, code=1)

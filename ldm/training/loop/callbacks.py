@@ -1,5 +1,7 @@
 """What happens around the steps of a run: progress, pictures, checkpoints, and the end."""
 
+import time
+
 import pytorch_lightning as pl
 
 from ldm.checkpoints.description import Description
@@ -88,8 +90,10 @@ class Checkpoints(pl.Callback):
     def on_train_batch_start(self, trainer, method: Method, batch, batch_idx) -> None:
         self._between = False
         if _due(method, method.settings.checkpoint_every):
+            began = time.perf_counter()
             self._save(trainer, method)
             trainer.strategy.barrier()
+            method.free_since += time.perf_counter() - began  # no time of the step's
 
     def on_train_batch_end(self, trainer, method: Method, outputs, batch, batch_idx) -> None:
         self._between = True

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 
-from ldm import config as configuration
 from ldm.training.loop.callbacks import Checkpoints, Pictures, ProgressLine
 from ldm.training.loop.data_module import RunData
 from ldm.training.loop.interruption import Interruption
 from ldm.training.loop.logs import make_loggers
-from ldm.training.loop.trainer import make_trainer, uses_gpu
+from ldm.training.loop.trainer import make_trainer, own_parts, uses_gpu
 from ldm.training.method import Method
 from ldm.training.methods import find_method
 from ldm.training.networks import compile_blocks
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def fit(cfg, keys: RunConfig) -> Path | None:
     """Train a checked config; see `ldm.training.train`."""
     interruption = Interruption()
-    own = [configuration.instantiate(part, allow_foreign=True) for part in cfg.get("callbacks") or []]
+    own = own_parts(cfg, "callbacks", pl.Callback)
     trainer = make_trainer(keys, find_method(keys.task), [interruption, *own], [])
     folder, config = RunFolder(keys.folder), complete(cfg, keys)
     if not trainer.is_global_zero:
@@ -69,7 +69,7 @@ def _fit(
         folder.prepare(config)
         method.keep(folder.path)
     trainer.loggers = make_loggers(folder.logs, method.step, keys.logging.tensorboard) if writes else []
-    trainer.loggers += [configuration.instantiate(p, allow_foreign=True) for p in cfg.get("loggers") or []]
+    trainer.loggers += own_parts(cfg, "loggers", Logger)
     _announce(method, trainer)
     if training.compile:
         compile_blocks(method)

@@ -43,7 +43,8 @@ class Interruption(pl.Callback):
             trainer.should_stop = True
             # Lightning validates at every end; whoever waits for this one has no use for it unless it is due.
             every = method.keys.logging.validate_every
-            if every is not None and method.step % every:
+            due = method.step >= method.settings.steps or (every is not None and method.step % every == 0)
+            if not due:
                 trainer.limit_val_batches = 0
 
     def _agreed(self, trainer, method: Method) -> bool:

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 
+from ldm import config as configuration
 from ldm.training.loop.interruption import own_signals
 from ldm.training.method import Method
 from ldm.training.networks import keep_freed_memory
@@ -24,6 +25,7 @@ _NOT_FOR_US = (
     ".*number of training batches.*",
     ".*in eval mode at the start of training.*",
     ".*sync_dist.*",
+    ".*across ranks is zero.*",
     ".*experiment logs directory.*",
 )
 
@@ -59,6 +61,21 @@ def pick_precision(settings: TrainingSettings, gpu: bool) -> str:
     if settings.precision == "auto":
         return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return {"32": "32-true", "bf16": "bf16-mixed"}[settings.precision]
+
+
+def own_parts(cfg, name: str, kind: type) -> list:
+    """What `callbacks:` or `loggers:` of a config names.
+
+    Raises:
+        ValueError: something else than a part of Lightning's of this kind, or its own checkpoints.
+    """
+    made = [configuration.instantiate(part, allow_foreign=True) for part in cfg.get(name) or []]
+    for i, part in enumerate(made):
+        if not isinstance(part, kind):
+            raise ValueError(f"{name}.{i} is a {type(part).__name__}, no {kind.__name__} of Lightning's")
+        if isinstance(part, pl.callbacks.Checkpoint):
+            raise ValueError(f"{name}.{i}: a run writes its own checkpoints, see training.checkpoint_every")
+    return made
 
 
 def quiet_lightning() -> None:
